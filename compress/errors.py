@@ -1,0 +1,48 @@
+"""What can go wrong through no fault of the code, each said in one line: the place, the problem, the way out.
+
+CompressError
+├── RecipeError      the recipe: every mistake of the file at once, one line each
+├── DataError        images, classes, splits
+├── ModelError       factories, weights, structures, operators that a stage cannot handle
+├── TrainingError    a loss that is not finite
+├── TargetError      a machine that cannot measure
+└── GateError        a bound of the recipe that the result does not hold (parity)
+"""
+
+
+class CompressError(Exception):
+    """A mistake the user can mend. `place` is a file, a recipe key, a stage or a layer."""
+
+    def __init__(self, place: object, problem: str, way_out: str = "") -> None:
+        self.place = str(place)
+        self.problem = problem
+        self.way_out = way_out
+        super().__init__(f"{place}: {problem}" + (f"; {way_out}" if way_out else ""))
+
+
+class RecipeError(CompressError):
+    """All mistakes of one recipe; `lines` holds one sentence each."""
+
+    def __init__(self, lines: list[str]) -> None:
+        self.lines = lines
+        Exception.__init__(self, "\n".join(lines))
+
+
+class DataError(CompressError):
+    pass
+
+
+class ModelError(CompressError):
+    pass
+
+
+class TrainingError(CompressError):
+    pass
+
+
+class TargetError(CompressError):
+    pass
+
+
+class GateError(CompressError):
+    pass

@@ -1,0 +1,166 @@
+"""What the stages pass on (`Product`) and what they may use while they work (`Run`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from compress.settings import Settings
+
+Triple = tuple[float, float, float]
+Positive3 = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+
+
+class Preprocess(Settings):
+    """From an RGB image to the network's input; written into every exported file, so a board feeds the same pixels.
+
+    The shorter side is resized to `size / crop` (bilinear, antialiased), the centre `size` x `size` cut out, and each
+    channel becomes `(pixel / 255 - mean) / std`.
+    """
+
+    size: int = Field(default=224, ge=8)
+    """Side of the square input, in pixels."""
+    mean: Triple = (0.485, 0.456, 0.406)
+    """Per RGB channel, on pixels scaled to [0, 1]."""
+    std: Positive3 = (0.229, 0.224, 0.225)
+    """Per RGB channel, on pixels scaled to [0, 1]."""
+    crop: float = Field(default=0.875, gt=0, le=1)
+    """Part of the resized shorter side that the evaluation crop keeps."""
+
+    def normalize(self, pixels_NHWC: np.ndarray) -> np.ndarray:
+        """uint8 (N, H, W, 3) to float32 of the same layout, in the operation order that every runtime is fed with."""
+        scaled = pixels_NHWC.astype(np.float32) / np.float32(255)
+        return (scaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+
+
+class KeptChannels(Settings):
+    """Which channels of the factory's layer a pruned layer still has, by their original indices."""
+
+    outputs: tuple[int, ...] | None = None
+    inputs: tuple[int, ...] | None = None
+    groups: int | None = None
+
+
+class Structure(Settings):
+    """How to build a network again without a pickle: the factory's arguments, then the channels kept, then fake quant."""
+
+    model: dict[str, Any]
+    """The recipe's `model` section."""
+    num_classes: int
+    kept: dict[str, KeptChannels] = {}
+    """By module name; layers that pruning did not touch are absent."""
+    quantize: dict[str, Any] | None = None
+    """Settings of the fake quantization, or None for a float network."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A torch module in eval mode on the CPU, with the description it can be rebuilt from."""
+
+    module: nn.Module
+    structure: Structure
+
+
+@dataclass(frozen=True)
+class Product:
+    """The network as the stages so far left it. A stage returns a new one and never edits the one it got."""
+
+    network: Network
+    parent: Network | None = None
+    """The network before anything was taken from it: teacher and baseline. None until a stage compresses."""
+    float_network: Network | None = None
+    """The last float network, kept when `quantize` replaces it by a fake-quantized one."""
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """Exported files by name: parent.onnx, float.onnx, int8.onnx and the same with .tflite."""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """What the stage that made this product measured (JSON); not carried on to the next."""
+
+    @property
+    def original(self) -> Network:
+        """The parent, or the network itself while nothing has been compressed."""
+        return self.parent or self.network
+
+
+@dataclass(frozen=True)
+class Batch:
+    images_NCHW: Tensor
+    """float32, normalised, channels_last in memory."""
+    labels_N: Tensor
+    """int64."""
+
+
+Split = Literal["train", "evaluation"]
+
+
+class Data(Protocol):
+    """Two splits that share no image. Only `train` may shape the network (training, calibration, pruning scores)."""
+
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+
+    @property
+    def preprocess(self) -> Preprocess: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the content of both splits."""
+        ...
+
+    def count(self, split: Split) -> int: ...
+
+    def batches(
+        self,
+        split: Split,
+        *,
+        batch_size: int,
+        augment: bool = False,
+        shuffle: bool = False,
+        seed: int = 0,
+        epoch: int = 0,
+        limit: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterable[Batch]:
+        """Batches on the CPU. Same seed and epoch: same images and same augmentation, whatever the number of workers.
+
+        With `shuffle`, incomplete batches are dropped (never all of them: a split smaller than a batch gives one smaller
+        batch); without, every image comes exactly once. `limit` takes that many images, chosen by `seed` and spread
+        over the classes. With world_size > 1 each rank gets its own share, all ranks the same number of batches.
+        """
+        ...
+
+
+class Progress(Protocol):
+    """Where long work shows itself."""
+
+    def steps(self, label: str, total: int) -> AbstractContextManager[Callable[[str], None]]:
+        """A bar of `total` steps; the callable advances it by one and shows a short text such as `loss 0.31`."""
+        ...
+
+    def note(self, text: str) -> None:
+        """One sentence the user should read; the pipeline keeps it in the stage's manifest too."""
+        ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a stage may use: its own folder, the data, the device, a seed."""
+
+    folder: Path
+    """The running stage's folder, empty at its start; exported files go here."""
+    data: Data
+    device: torch.device
+    seed: int
+    progress: Progress
+    recipe_hash: str
+    """SHA-256 of the resolved recipe, for the metadata of exported files."""
+    rank: int = 0
+    world_size: int = 1
