@@ -55,6 +55,7 @@ class Structure(Settings):
     model: dict[str, Any]
     """The recipe's `model` section."""
     num_classes: int
+    preprocess: Preprocess = Preprocess()
     kept: dict[str, KeptChannels] = {}
     """By module name; layers that pruning did not touch are absent."""
     quantize: dict[str, Any] | None = None

@@ -1,0 +1,55 @@
+"""A network in a folder: `structure.json` says how to build it, `weights.safetensors` holds its state. No pickle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from compress.errors import ModelError
+from compress.models import ModelSettings, build
+from compress.models.structure import resize
+from compress.product import Network, Structure
+from compress.quantization import Quantization, prepare
+
+STRUCTURE, WEIGHTS = "structure.json", "weights.safetensors"
+
+
+def save(network: Network, folder: Path) -> None:
+    """Writes the two files; the folder is made where it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # Clones: safetensors refuses tensors that share memory, as tied weights do.
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.module.state_dict().items()}
+    save_file(state, folder / WEIGHTS)
+    (folder / STRUCTURE).write_text(network.structure.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def load(folder: Path) -> Network:
+    """The network as it was saved, built by its original factory and then cut to the channels it kept.
+
+    Raises ModelError where the folder holds no network, or weights that do not fit the structure.
+    """
+    try:
+        structure = Structure.model_validate_json((folder / STRUCTURE).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(folder, f"no {STRUCTURE} here", "name a folder such as runs/x/stages/01-train/network") from error
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        raise ModelError(folder / STRUCTURE, f"not readable ({_first_line(error)})", "save the network again") from error
+    settings = TypeAdapter(ModelSettings).validate_python(structure.model, strict=False)
+    module = build(settings, structure.num_classes, structure.preprocess.size)
+    resize(module, structure.kept)
+    if structure.quantize is not None:
+        module = prepare(module, Quantization(**structure.quantize), structure.preprocess)
+    try:
+        module.load_state_dict(load_file(folder / WEIGHTS))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        problem = f"does not fit the structure beside it ({_first_line(error)})"
+        raise ModelError(folder / WEIGHTS, problem, "save the network again") from error
+    return Network(module.to(memory_format=torch.contiguous_format).eval(), structure)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,212 @@
+"""The command line: `compress run`, `check`, `schema`, `bench`, `report`.
+
+Heavy libraries are imported by the command that needs them, so `--help` and `check` answer at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from compress.errors import CompressError
+
+app = typer.Typer(
+    help="Shrinks a PyTorch vision network for an ARM board and proves that it did.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+output, messages = Console(), Console(stderr=True)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file, such as recipes/mobilenetv2_arm.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it: seed=1 stages.train.epochs=3")
+]
+
+
+def main() -> None:
+    """Runs the command line; a mistake the user can mend is one clear message and exit status 1."""
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except typer.Abort:
+        _fail("stopped", 130)
+    except KeyboardInterrupt:
+        _fail("stopped; the same command goes on from the last finished stage", 130)
+    except CompressError as error:
+        _fail(str(error), 1)
+    except Exception as error:
+        show = getattr(error, "format_message", None)  # a wrong option or argument
+        if show is None:
+            raise
+        _fail(show(), 2)
+
+
+def _fail(text: str, status: int) -> None:
+    messages.print(escape(text), style="red", highlight=False, soft_wrap=True)
+    sys.exit(status)
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; default runs/<name of the recipe>.")] = None,
+) -> None:
+    """Run a recipe, or go on with it: stages that are done and unchanged are not run again."""
+    from compress import pipeline
+    from compress import recipe as recipes
+    from compress.report import write_report
+
+    loaded = recipes.load(recipe, overrides or [])
+    folder = out or Path("runs") / loaded.name
+    first = pipeline.is_first_process()
+    progress = RichProgress(output) if first else pipeline.Silent()
+    if first:
+        output.print(f"[bold]{escape(loaded.name)}[/bold]: {escape(str(recipe))} -> {escape(str(folder))}")
+        for note in recipes.notes(loaded):
+            progress.note(note)
+    began = time.perf_counter()
+    command = shlex.join(["compress", *sys.argv[1:]])
+    failure: CompressError | None = None
+    try:
+        pipeline.run_recipe(loaded, folder, progress, command=command, base=Path.cwd())
+    except pipeline.GateError as error:  # the report shows what failed
+        failure = error
+    if not first:
+        raise typer.Exit(1 if failure else 0)
+    path = write_report(folder)
+    _show_summary(folder)
+    output.print(f"{time.perf_counter() - began:.0f} s   report: [bold]{escape(str(path))}[/bold]", soft_wrap=True)
+    if failure is not None:
+        raise failure
+
+
+@app.command()
+def check(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Say what a recipe would run, and every mistake in it, without running it."""
+    from compress import recipe as recipes
+
+    loaded = recipes.load(recipe, overrides or [])
+    output.print(f"{recipe}: no mistakes found", highlight=False, markup=False, soft_wrap=True)
+    for line in recipes.describe(loaded):
+        output.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+    for note in recipes.notes(loaded):
+        output.print(f"note: {note}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for completion and checks in an editor."""
+    from compress import recipe as recipes
+
+    print(json.dumps(recipes.schema(), indent=1))
+
+
+@app.command()
+def bench(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help=".onnx and .tflite files; the first of each kind is the baseline.")],
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Fresh processes per file, interleaved.")] = 4,
+    runs: Annotated[int, typer.Option(min=1, help="Least samples of each process.")] = 50,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything measured as JSON instead of a table.")] = False,
+) -> None:
+    """Time files on this machine, interleaved, one fresh process after the other."""
+    from compress.targets import target
+    from compress.targets.comparison import compare, schedule
+
+    for path in files:
+        if not path.is_file():
+            raise CompressError(path, "no such file")
+    named = {str(path): path for path in files}
+    progress = RichProgress(messages)
+    with progress.steps("benchmark", len(schedule(named, rounds=rounds))) as advance:
+        result = compare(named, target=target("local"), threads=threads, rounds=rounds, runs=runs, on_process=advance)
+    if as_json:
+        print(json.dumps({"conditions": result.conditions, "rows": result.rows, "pairs": result.pairs}, indent=1))
+        return
+    speedups = {(pair["runtime"], pair["candidate"]): pair for pair in result.pairs}
+    table = Table("file", "runtime", "threads", "p50 ms", "p90 ms", "p99 ms", "fps", "speed-up", "")
+    for row in result.rows:
+        pair = speedups.get((row["runtime"], row["file"]))
+        table.add_row(
+            *(row["file"], row["runtime"], str(row["threads"])),
+            *(f"{row[key]:.3f}" for key in ("p50_ms", "p90_ms", "p99_ms")),
+            f"{row['fps']:.1f}",
+            f"{pair['speedup']:.2f}x ({pair['interval'][0]:.2f}-{pair['interval'][1]:.2f})" if pair else "",
+            pair["verdict"] if pair else "baseline",
+        )
+    output.print(table)
+    machine = result.conditions
+    output.print(f"measured on {machine['machine']} ({machine['arch']})", highlight=False, markup=False)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/mobilenetv2_arm.")]) -> None:
+    """Write a run's report again, from what its folder holds."""
+    from compress.report import write_report
+
+    path = write_report(folder)
+    _show_summary(folder)
+    output.print(f"report: [bold]{escape(str(path))}[/bold]", soft_wrap=True)
+
+
+def _show_summary(folder: Path) -> None:
+    from compress.report import summary_rows
+
+    data = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    rows = summary_rows(data)
+    if not rows:
+        return
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*map(escape, row.values()))
+    output.print(table)
+    output.print(data["machine"]["statement"], highlight=False, markup=False)
+
+
+class RichProgress:
+    """A live bar on a terminal; one line per finished piece of work everywhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    @contextlib.contextmanager
+    def steps(self, label: str, total: int) -> Iterator[Callable[[str], None]]:
+        began, last = time.perf_counter(), ""
+        columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+        columns += [TextColumn("{task.fields[said]}"), TimeElapsedColumn(), TimeRemainingColumn()]
+        live = self.console.is_terminal
+        with Bars(*columns, console=self.console, transient=True, disable=not live) as bars:
+            task = bars.add_task(escape(label), total=total, said="")
+
+            def advance(said: str) -> None:
+                nonlocal last
+                last = said
+                bars.update(task, advance=1, said=escape(said))
+
+            yield advance
+        line = f"  {label}   {last}   {time.perf_counter() - began:.1f} s"
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        self.console.print(f"  note: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Norms of the weights: Li et al., 2017 (arXiv:1608.08710).
+
+Taken over all coupled layers, as in Fang et al., 2023 (arXiv:2301.12900).
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from compress.settings import Settings
+
+
+def norms(weights: Sequence[Tensor], p: int) -> Tensor:
+    """(C,): for each channel the p-norm of all weights that go with it, divided by the mean over these channels.
+
+    `weights` are (C, elements). The division makes layers comparable whose weights differ in scale.
+    """
+    scores_C = torch.cat(list(weights), dim=1).norm(p, dim=1)
+    return scores_C / scores_C.mean().clamp_min(torch.finfo(scores_C.dtype).tiny)
+
+
+class Magnitude(Settings):
+    """Channels with small weights go first. Needs no data."""
+
+    needs_gradients: ClassVar[bool] = False
+
+    use: Literal["magnitude"]
+    p: Literal[1, 2] = 2
+    """1: sum of absolute values; 2: Euclidean norm."""
+
+    def __call__(self, weights: Sequence[Tensor], gradients: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+        return norms(weights, self.p)

@@ -1,0 +1,30 @@
+"""First-order change of the loss: Molchanov et al., 2019 (arXiv:1906.10771), equation 8."""
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from compress.settings import Settings
+
+
+def first_order(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """(C,): for each channel the sum of (weight * gradient)**2 over all weights that go with it.
+
+    Both are (C, elements). With gradients that are root mean squares over mini-batches this is the paper's average of
+    the squared first-order terms: the mean gradient itself vanishes where training has converged. The scores of
+    different layers are comparable as they are, in units of the loss squared.
+    """
+    return sum((w * g).square().sum(dim=1) for w, g in zip(weights, gradients, strict=True))  # type: ignore[return-value]
+
+
+class Taylor(Settings):
+    """Channels whose removal changes the loss least, to first order, go first."""
+
+    needs_gradients: ClassVar[bool] = True
+
+    use: Literal["taylor"]
+
+    def __call__(self, weights: Sequence[Tensor], gradients: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+        return first_order(weights, gradients)

@@ -1,0 +1,163 @@
+"""Batches for training and evaluation, the same ones whatever the number of threads and processes.
+
+Images are prepared by threads, not by processes: Pillow releases the GIL while it decodes and resizes, an epoch
+starts at once, and nothing forks a process in which OpenMP and progress threads already run (Python 3.12 warns
+of that, and 3.14 no longer does it).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from compress.data.augment import Augment
+from compress.data.pixels import pixels
+from compress.errors import DataError
+from compress.product import Batch, Preprocess, Split
+
+
+@dataclass(frozen=True)
+class Images:
+    """One split."""
+
+    classes: np.ndarray
+    """int64 (N,): the class of each image."""
+    read: Callable[[int, int | None], Image.Image]
+    """The RGB image of an index; given a number of pixels, it may come smaller, but no side shorter than that."""
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """The `Data` of every source."""
+
+    labels: tuple[str, ...]
+    preprocess: Preprocess
+    fingerprint: str
+    train: Images
+    evaluation: Images
+    augment: Augment
+    workers: int
+    """Threads that prepare batches ahead of their use; 0 prepares each when it is asked for."""
+
+    def count(self, split: Split) -> int:
+        return len(self._images(split).classes)
+
+    def batches(
+        self,
+        split: Split,
+        *,
+        batch_size: int,
+        augment: bool = False,
+        shuffle: bool = False,
+        seed: int = 0,
+        epoch: int = 0,
+        limit: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterable[Batch]:
+        """See `compress.product.Data`."""
+        images = self._images(split)
+        chosen_N = spread(images.classes, limit, seed)
+        groups = shares(chosen_N, batch_size, shuffle=shuffle, seed=seed, epoch=epoch, rank=rank, world_size=world_size)
+
+        def load(indices: np.ndarray) -> Batch:
+            pixels_NHWC = np.empty((len(indices), self.preprocess.size, self.preprocess.size, 3), np.uint8)
+            for row, index in zip(pixels_NHWC, indices.tolist(), strict=True):
+                row[:] = self._augmented(images, index, seed, epoch) if augment else self._exact(images, index)
+            images_NHWC = torch.from_numpy(normalize(pixels_NHWC, self.preprocess))
+            # Seen as NCHW, memory in the order NHWC is what torch calls channels_last.
+            return Batch(images_NHWC.permute(0, 3, 1, 2), torch.from_numpy(images.classes[indices]))
+
+        return ahead(load, groups, self.workers)
+
+    def _images(self, split: Split) -> Images:
+        return self.train if split == "train" else self.evaluation
+
+    def _exact(self, images: Images, index: int) -> np.ndarray:
+        return pixels(images.read(index, None), self.preprocess)
+
+    def _augmented(self, images: Images, index: int, seed: int, epoch: int) -> np.ndarray:
+        # numpy pads seeds with zeros: (seed, epoch) of the shuffle is (seed, epoch, 0), hence the + 1.
+        rng = np.random.default_rng((seed, epoch, index + 1))
+        enough = int(self.preprocess.size / self.augment.smallest_part) + 1
+        return self.augment(images.read(index, enough), self.preprocess, rng)
+
+
+def normalize(pixels_NHWC: np.ndarray, preprocess: Preprocess) -> np.ndarray:
+    """What `preprocess.normalize` returns, to the bit, several times faster.
+
+    Repeating mean and std along a row lets numpy work on whole rows instead of three numbers at a time.
+    """
+    count, height, width, channels = pixels_NHWC.shape
+    rows = pixels_NHWC.reshape(count, height, width * channels).astype(np.float32)
+    rows /= np.float32(255)
+    rows -= np.tile(np.asarray(preprocess.mean, np.float32), width)
+    rows /= np.tile(np.asarray(preprocess.std, np.float32), width)
+    return rows.reshape(pixels_NHWC.shape)
+
+
+def spread(classes: np.ndarray, limit: int | None, seed: int) -> np.ndarray:
+    """`limit` indices in ascending order, each class as often as the others while it lasts; None takes all."""
+    if limit is None or limit >= len(classes):
+        return np.arange(len(classes))
+    shuffled = np.random.default_rng((seed, 0, 0, 1)).permutation(len(classes))
+    turn = np.empty(len(classes), np.int64)  # the how-manieth of its class an image is
+    for label in np.unique(classes):
+        members = classes[shuffled] == label
+        turn[members] = np.arange(members.sum())
+    return np.sort(shuffled[np.argsort(turn, kind="stable")][:limit])
+
+
+def shares(
+    indices_N: np.ndarray,
+    batch_size: int,
+    *,
+    shuffle: bool,
+    seed: int,
+    epoch: int,
+    rank: int,
+    world_size: int,
+) -> list[np.ndarray]:
+    """The indices of each batch of one process; see `Data.batches` for the rules.
+
+    Raises DataError where there are fewer images than processes.
+    """
+    if len(indices_N) < world_size:
+        raise DataError("data", f"{len(indices_N)} images cannot be shared by {world_size} processes")
+    if shuffle:
+        order = np.random.default_rng((seed, epoch)).permutation(indices_N)
+        share = order[rank::world_size][: len(order) // world_size]
+        full = len(share) // batch_size
+        return np.split(share[: full * batch_size], full) if full else [share]
+    share = indices_N[rank::world_size]
+    largest = -(-len(indices_N) // world_size)
+    number = -(-largest // batch_size)
+    if -(-len(share) // batch_size) == number:
+        return [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
+    # One image fewer than rank 0 would be one batch fewer: cut smaller ones (at batch size 1, the last is empty).
+    return np.array_split(share, number)
+
+
+def ahead(load: Callable[[np.ndarray], Batch], groups: list[np.ndarray], workers: int) -> Iterator[Batch]:
+    """`load(group)` of every group, in order; `workers` threads work up to two groups each ahead."""
+    if workers == 0:
+        yield from map(load, groups)
+        return
+    with ThreadPoolExecutor(workers, thread_name_prefix="data") as pool:
+        waiting: deque[Future[Batch]] = deque()
+        try:
+            for group in groups:
+                waiting.append(pool.submit(load, group))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -1,0 +1,148 @@
+"""ONNX files, written by torch.onnx.export; for int8, the integers of the frozen network replace its float weights."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from compress.errors import ModelError
+from compress.quantization import Frozen, Grid, Integers
+
+OPSET = 18
+"""onnxruntime 1.31 fails on type agreement at full optimization with the quantize operators of opset 21."""
+
+
+def float_onnx(module: nn.Module, input_size: int, metadata: Mapping[str, str]) -> onnx.ModelProto:
+    """The network as float32 ONNX: input `image` (1, 3, size, size), output `logits` (1, K).
+
+    Raises ModelError where torch.onnx cannot translate the network.
+    """
+    return _finish(_export(module, input_size), metadata)
+
+
+def int8_onnx(frozen: Frozen, input_size: int, metadata: Mapping[str, str]) -> onnx.ModelProto:
+    """The frozen network as QDQ ONNX: uint8 activations, int8 weights per output channel, int32 biases.
+
+    Quantized tensors are named for the layer that made them (`features.0.0`), so that runtimes can be compared layer by
+    layer. Input and output stay float32.
+    """
+    model = _export(frozen.module, input_size)
+    _name_grids(model, frozen.grids())
+    for layer, integers in frozen.integers.items():
+        _store_integers(model, layer, integers)
+    return _finish(model, metadata)
+
+
+def _export(module: nn.Module, input_size: int) -> ir.Model:
+    image = torch.zeros(1, 3, input_size, input_size)
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                module.eval(), (image,), dynamo=True, opset_version=OPSET, verbose=False, external_data=False
+            )
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise ModelError(
+            type(module).__name__,
+            f"torch.onnx cannot export it ({reason[0] if reason else type(error).__name__})",
+            "see the operator named there, and torch.onnx's list of supported ones",
+        ) from error
+    assert program is not None
+    model = program.model
+    if len(model.graph.inputs) != 1 or len(model.graph.outputs) != 1:
+        raise ModelError(
+            type(module).__name__,
+            f"has {len(model.graph.inputs)} inputs and {len(model.graph.outputs)} outputs",
+            "a network takes one image tensor and returns one tensor of logits",
+        )
+    model.graph.inputs[0].name, model.graph.outputs[0].name = "image", "logits"
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Holds back what torch's exporter says of itself: that torchvision is absent, and its own deprecations."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _name_grids(model: ir.Model, grids: list[Grid]) -> None:
+    """Names each quantized tensor for its layer; the exporter keeps the order of the frozen graph."""
+    nodes = [node for node in model.graph if node.op_type == "QuantizeLinear"]
+    if len(nodes) != len(grids):
+        raise AssertionError(f"{len(nodes)} QuantizeLinear nodes for {len(grids)} grids")
+    for node, grid in zip(nodes, grids, strict=True):
+        exact, scale, zero_point = node.inputs
+        assert exact is not None and scale is not None and zero_point is not None
+        if np.float32(grid.scale) != scale.const_value.numpy() or grid.zero_point != zero_point.const_value.numpy():
+            raise AssertionError(f"the grid of {grid.layer} moved during export")
+        if exact.name == grid.layer:
+            exact.name = f"{grid.layer}/exact"
+        node.outputs[0].name = grid.layer
+        for user in node.outputs[0].consumers():
+            if user.op_type == "DequantizeLinear" and not user.outputs[0].is_graph_output():
+                user.outputs[0].name = f"{grid.layer}/float"
+
+
+def _store_integers(model: ir.Model, layer: str, integers: Integers) -> None:
+    """Puts int8 weights and int32 biases, each behind a DequantizeLinear, in the place of the float ones."""
+    weight = model.graph.initializers[f"{layer}.weight"]
+    (node,) = weight.consumers()
+    quantized = _dequantized(model, node, f"{layer}.weight", integers.weight.numpy(), integers.weight_scale.numpy())
+    node.replace_input_with(1, quantized)
+    bias = _dequantized(model, node, f"{layer}.bias", integers.bias.numpy(), integers.bias_scale.numpy())
+    if len(node.inputs) > 2:
+        node.replace_input_with(2, bias)
+    else:  # the exporter drops a bias that is all zeros
+        node.resize_inputs(3)
+        node.replace_input_with(2, bias)
+
+
+def _dequantized(model: ir.Model, before: ir.Node, name: str, integers: np.ndarray, scale: np.ndarray) -> ir.Value:
+    if name in model.graph.initializers:
+        model.graph.initializers.pop(name).name = f"{name}/unused"
+    constants = {
+        name: integers,
+        f"{name}_scale": scale.astype(np.float32),
+        f"{name}_zero_point": np.zeros(scale.shape, integers.dtype),
+    }
+    values = []
+    for key, array in constants.items():
+        value = ir.Value(name=key, const_value=ir.tensor(array, name=key))
+        value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
+        model.graph.register_initializer(value)
+        values.append(value)
+    node = ir.node("DequantizeLinear", values, attributes={"axis": 0}, name=f"{name}/dequantize")
+    node.outputs[0].name = f"{name}/float"
+    model.graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def _finish(model: ir.Model, metadata: Mapping[str, str]) -> onnx.ModelProto:
+    proto: onnx.ModelProto = ir.to_proto(model)
+    del proto.metadata_props[:]
+    proto.graph.ClearField("metadata_props")
+    for node in proto.graph.node:
+        node.ClearField("metadata_props")  # torch's stack traces: paths of the machine that exported
+        node.ClearField("doc_string")
+    for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output):
+        value.ClearField("metadata_props")
+    onnx.helper.set_model_props(proto, dict(metadata))
+    onnx.checker.check_model(proto, full_check=True)
+    return proto

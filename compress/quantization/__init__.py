@@ -1,0 +1,24 @@
+"""int8 quantization: fake quant for training (`prepare`, `calibrate`), plain integers for export (`freeze`).
+
+The arithmetic is the one that ONNX Runtime and LiteRT execute: weights per output channel, symmetric, on [-127, 127];
+activations per tensor, affine, 8 bits; biases as int32 on the grid input scale x weight scale.
+"""
+
+from compress.quantization.fake_quant import ActivationQuantizer, QuantizedConv2d, QuantizedLinear
+from compress.quantization.fold import fold_batchnorm
+from compress.quantization.freeze import Frozen, Grid, Integers, freeze
+from compress.quantization.prepare import Quantization, calibrate, prepare
+
+__all__ = [
+    "ActivationQuantizer",
+    "Frozen",
+    "Grid",
+    "Integers",
+    "Quantization",
+    "QuantizedConv2d",
+    "QuantizedLinear",
+    "calibrate",
+    "fold_batchnorm",
+    "freeze",
+    "prepare",
+]

@@ -1,0 +1,211 @@
+"""What to do with a network, as a YAML file; every mistake of that file at once, with its line.
+
+`draft` reads the file, pydantic validates it, `explain` words what pydantic found. Only the rules on the order of
+stages, and the notes, know stages by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedSeq
+
+from compress.data import DataSettings
+from compress.errors import RecipeError
+from compress.models import ModelSettings
+from compress.product import Preprocess
+from compress.recipe.draft import Mistake, lay_over, read
+from compress.recipe.explain import SEVERAL, explain, uses
+from compress.recipe.words import shown
+from compress.settings import Settings
+from compress.stages import StageSettings
+from compress.targets import TargetSettings
+
+__all__ = ["Recipe", "describe", "dump", "load", "notes", "order_mistakes", "recipe_hash", "schema"]
+
+CHANGES = ("train", "prune", "distill", "quantize")
+"""Stages that return another network than they got."""
+
+
+class Recipe(Settings):
+    """A network, its data, and the stages that compress, export and measure it, in their order."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)
+    """Lower-case letters, digits, `.`, `_` and `-`; results go to `runs/<name>/`."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Of every random choice: new weights, the order of images, augmentation, images for calibration."""
+    model: ModelSettings
+    """The network to start from."""
+    data: DataSettings
+    """Labelled images to train on, and others to evaluate on."""
+    preprocess: Preprocess = Preprocess()
+    """From an image to the network's input."""
+    target: TargetSettings = "local"
+    """The machine that measures speed."""
+    stages: tuple[StageSettings, ...] = Field(min_length=1)
+    """What happens to the network, first to last."""
+
+    @model_validator(mode="after")
+    def _stages_in_order(self) -> Self:
+        found = order_mistakes([stage.model_dump(mode="json") for stage in self.stages])
+        if found:
+            text = "; ".join(f"stages.{index}: {reason}" for index, reason in found)
+            mistakes = [(("stages", index), reason) for index, reason in found]
+            raise PydanticCustomError(SEVERAL, "{text}", {"text": text, "mistakes": mistakes})
+        return self
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in the file, changed by `overrides` such as `seed=3` or `stages.prune.goal.macs=0.4`.
+
+    A list item is addressed by its index or, if it is the only one, by its `use`; values are YAML. Raises RecipeError
+    with every mistake of the file and of the overrides, one line each: place, dotted key, problem, way out.
+    """
+    draft = read(path)
+    for override in overrides:
+        lay_over(draft, override)
+    if not isinstance(draft.value, dict):
+        if not draft.mistakes:
+            found = "empty" if draft.value is None else shown(draft.value)
+            keys = ", ".join(Recipe.model_fields)
+            draft.mistakes.append(Mistake((), f"a recipe is a mapping with {keys}; this file is {found}"))
+        raise RecipeError(draft.report())
+    try:
+        # JSON mode: a list may fill a tuple and an int a float, and nothing else is converted.
+        recipe = Recipe.model_validate_json(json.dumps(draft.value))
+    except ValidationError as error:
+        invalid = [Mistake(*pair) for pair in explain(Recipe, error.errors(include_url=False), draft.value)]
+        invalid += _order_of_invalid(draft.value.get("stages"))
+        draft.mistakes += [mistake for mistake in invalid if not draft.knows(mistake.keys)]
+    if draft.mistakes:
+        raise RecipeError(draft.report())
+    return recipe
+
+
+def order_mistakes(stages: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]:
+    """(index, reason) of each stage that cannot stand where it stands. A stage is given as a recipe says it."""
+    mistakes: list[tuple[int, str]] = []
+    last: dict[str, int] = {}
+    unchanged_export: Mapping[str, Any] | None = None
+    for index, stage in enumerate(stages):
+        use = stage["use"]
+        if use == "prune" and "quantize" in last:
+            way_out = f"move it before quantize (stages.{last['quantize']})"
+            mistakes.append((index, f"fake-quantized layers have no room for channel removal; {way_out}"))
+        if use == "quantize" and "quantize" in last:
+            way_out = "go on training with `train` or `distill`"
+            mistakes.append((index, f"the network is quantized already (stages.{last['quantize']}); {way_out}"))
+        if _teacher(stage) == "parent" and not last.keys() & {"prune", "quantize"}:
+            problem = "nothing is pruned or quantized yet, so the teacher `parent` is the student itself"
+            mistakes.append((index, f"{problem}; move this stage down or name another teacher"))
+        if use in ("verify", "benchmark") and "export" not in last:
+            mistakes.append((index, f"{use} works on exported files; put an `export` before it"))
+        if use == "export" and stage == unchanged_export:
+            mistakes.append((index, f"the same as stages.{last['export']} and nothing changed since; leave one out"))
+        if use == "export":
+            unchanged_export = stage
+        elif use in CHANGES:
+            unchanged_export = None
+        last[use] = index
+    return mistakes
+
+
+def _teacher(stage: Mapping[str, Any]) -> Any:
+    """Whom a training stage learns from, or None."""
+    block = stage if stage["use"] == "distill" else stage.get("distill") if stage["use"] == "train" else None
+    return block.get("teacher", "parent") if isinstance(block, Mapping) else None
+
+
+def _order_of_invalid(stages: Any) -> list[Mistake]:
+    """Pydantic judges the order only of stages that are all valid; if their names are known, they will do."""
+    if not isinstance(stages, list):
+        return []
+    known = uses(StageSettings)
+    if not all(isinstance(stage, dict) and stage.get("use") in known for stage in stages):
+        return []
+    return [Mistake(("stages", index), reason) for index, reason in order_mistakes(stages)]
+
+
+def notes(recipe: Recipe) -> list[str]:
+    """What is legitimate but may not be meant, one sentence each."""
+    names = [stage.use for stage in recipe.stages]
+    exports = "export" in names
+    after_export = names[len(names) - names[::-1].index("export") :] if exports else names
+    changes = [name for name in after_export if name in CHANGES]
+    found = []
+    if changes and not exports:
+        found.append("no stage exports: the run ends with a network and no file for a board")
+    elif changes:
+        found.append(f"changes after the last export are in no exported file: {', '.join(changes)}")
+    if exports and "verify" not in after_export:
+        found.append("no verify follows the last export: the accuracy of its files is not measured")
+    return found
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML with every default written out; loads again to an equal recipe."""
+    yaml = YAML()
+    yaml.width = 1000
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.representer.add_representer(
+        type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
+    stream = io.StringIO()
+    yaml.dump(_laid_out(recipe.model_dump(mode="json")), stream)
+    return stream.getvalue()
+
+
+def _laid_out(value: Any) -> Any:
+    """`use` first in its mapping, lists of scalars on one line."""
+    if isinstance(value, dict):
+        return {key: _laid_out(value[key]) for key in sorted(value, key=lambda key: key != "use")}
+    if isinstance(value, list):
+        items = CommentedSeq(_laid_out(item) for item in value)
+        if not any(isinstance(item, (dict, list)) for item in value):
+            items.fa.set_flow_style()
+        return items
+    return value
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """SHA-256 of all settings, defaults included, but the `name`: it says where results go, not what they are."""
+    settings = recipe.model_dump(mode="json", exclude={"name"})
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of a recipe file, for completion and checks in an editor.
+
+    With the YAML language server: `# yaml-language-server: $schema=<saved schema>` as the file's first line. It knows
+    fields, types and ranges; rules between fields, such as the order of stages, only `load` knows.
+    """
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return head | Recipe.model_json_schema() | {"title": "Recipe for compress"}
+
+
+def describe(recipe: Recipe) -> list[str]:
+    """One line per stage: its number, its name, and its own `describe()` or the settings that are not defaults."""
+    lines = []
+    for number, stage in enumerate(recipe.stages, 1):
+        own = getattr(stage, "describe", None)
+        settings = stage.model_dump(mode="json", exclude_defaults=True, exclude={"use"})
+        text = own() if own else ", ".join(f"{key} {_compact(value)}" for key, value in settings.items())
+        lines.append(f"{number:02d} {stage.use}" + (f": {text}" if text else ""))
+    return lines
+
+
+def _compact(value: Any) -> str:
+    """A value on one line, without needless quotes."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_compact(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_compact, value)) + "]"
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,220 @@
+"""The report's drawings: SVG text to be set into a page, in the colours and the typeface of that page.
+
+Each function returns "" where there is nothing to draw. The same figures give the same text.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from xml.sax.saxutils import quoteattr
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from compress.report import wording
+
+# matplotlib wants colours it knows. These stand for the page's CSS variables and are replaced by them in the SVG, so one
+# drawing serves a light and a dark page.
+COLOURS = {
+    "#0a0001": "ink",
+    "#0a0002": "muted",
+    "#0a0003": "line",
+    "#0a0004": "parent",
+    "#0a0005": "float",
+    "#0a0006": "int8",
+    "#0a0007": "page",
+    "#0a0008": "bad",
+}
+INK, MUTED, LINE, PARENT, FLOAT, INT8, PAGE, BAD = COLOURS
+OF_KIND = {"parent": PARENT, "float": FLOAT, "int8": INT8}
+MARKERS = ("o", "s", "^", "D")
+
+STYLE = {
+    "text.parse_math": False,  # a dollar in a layer's name is a dollar
+    "svg.fonttype": "none",  # text stays text: it takes the page's typeface and can be searched
+    "svg.hashsalt": "compress",
+    "font.family": "DejaVu Sans",  # comes with matplotlib; only its metrics are used
+    "font.size": 11,
+    "text.color": INK,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": MUTED,
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.titlelocation": "left",
+    "grid.color": LINE,
+    "grid.linewidth": 0.8,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+}
+
+WIDTH = 480
+"""Of most drawings, in CSS pixels: text stays readable when a phone shows it at three quarters."""
+
+
+def tradeoff(files: list[dict[str, Any]]) -> str:
+    """Accuracy against latency, a mark per file and runtime, and a whisker from p50 to p90."""
+    shown = [file for file in files if file["timing"] and file["accuracy"] is not None]
+    if not shown:
+        return ""
+    runtimes = sorted({file["runtime"] for file in shown})
+    with _drawing("tradeoff", height=340, label="Accuracy against latency") as (figure, out):
+        axes = figure.add_subplot()
+        for runtime, marker in zip(runtimes, MARKERS * len(runtimes), strict=False):
+            own = [file for file in shown if file["runtime"] == runtime]
+            own.sort(key=lambda file: -file["timing"]["p50_ms"])
+            axes.plot(
+                [file["timing"]["p50_ms"] for file in own],
+                [100 * file["accuracy"] for file in own],
+                color=LINE,
+                linewidth=1.2,
+                zorder=1,
+            )
+            for file in own:
+                p50, p90 = file["timing"]["p50_ms"], file["timing"]["p90_ms"]
+                colour, y = OF_KIND.get(file["kind"], INK), 100 * file["accuracy"]
+                if p90:
+                    axes.plot([p50, p90], [y, y], color=colour, linewidth=2, solid_capstyle="butt", zorder=2)
+                axes.plot(
+                    p50, y, marker=marker, markersize=10, color=colour, markeredgecolor=PAGE, markeredgewidth=1.5, zorder=3
+                )
+        axes.set_xlim(0, 1.12 * max(file["timing"]["p90_ms"] or file["timing"]["p50_ms"] for file in shown))
+        _accuracy_limits(axes, [100 * file["accuracy"] for file in shown])
+        axes.grid(True)
+        axes.set_xlabel("latency per image, ms (p50; less is better)")
+        axes.set_title("top-1 accuracy, %", fontsize=11, color=MUTED)
+        kinds = [kind for kind in OF_KIND if any(file["kind"] == kind for file in shown)]
+        handles = [Line2D([], [], marker="o", linestyle="", color=OF_KIND[kind], label=kind) for kind in kinds]
+        handles += [
+            Line2D([], [], marker=marker, linestyle="", markerfacecolor="none", color=MUTED, label=wording.runtime(runtime))
+            for runtime, marker in zip(runtimes, MARKERS * len(runtimes), strict=False)
+        ]
+        figure.legend(handles=handles, loc="outside lower left", ncols=5, handletextpad=0.2, columnspacing=1.2)
+    return out[0]
+
+
+def training_curve(name: str, history: list[dict[str, Any]]) -> str:
+    """Mean loss of each epoch."""
+    if not history:
+        return ""
+    with _drawing(f"training-{name}", width=320, height=190, label=f"Training loss of {name}") as (figure, out):
+        axes = figure.add_subplot()
+        epochs, losses = [epoch["epoch"] for epoch in history], [epoch["loss"] for epoch in history]
+        axes.plot(epochs, losses, color=INT8, linewidth=2, marker="o" if len(history) <= 12 else "", markersize=4)
+        axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
+        low, high = min(0.0, *losses), max(*losses, 0.0)
+        axes.set_ylim(low, high + 0.08 * (high - low or 1))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.grid(True, axis="y")
+        axes.set_xlabel("epoch")
+        axes.set_title("mean loss", fontsize=11, color=MUTED)
+    return out[0]
+
+
+def channels(layers: list[dict[str, Any]]) -> str:
+    """Output channels of each layer before and after pruning, first layer on top."""
+    if not layers:
+        return ""
+    row = 20  # as high as a row of the table beside it
+    with _drawing("channels", height=60 + row * len(layers), label="Channels before and after pruning") as (figure, out):
+        axes = figure.add_subplot()
+        places = range(len(layers))
+        before = [layer["channels"][0] for layer in layers]
+        after = [layer["channels"][1] or 0 for layer in layers]
+        axes.barh(places, before, height=0.72, color=LINE)
+        axes.barh(places, after, height=0.72, color=FLOAT)
+        axes.set_yticks(places, [_shortened(layer["name"]) for layer in layers], fontsize=10)
+        axes.set_ylim(len(layers) - 0.4, -0.6)
+        axes.tick_params(axis="x", labeltop=True, labelbottom=False)
+        axes.spines[["bottom", "left"]].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.grid(True, axis="x")
+        handles = [Line2D([], [], marker="s", linestyle="", color=FLOAT, label="channels kept")]
+        handles += [Line2D([], [], marker="s", linestyle="", color=LINE, label="removed")]
+        figure.legend(handles=handles, loc="outside upper left", ncols=2, handletextpad=0.2, columnspacing=1.2)
+    return out[0]
+
+
+def lsb_histogram(agreement: dict[str, Any], *, allowed: int | None) -> str:
+    """Number of logits by how many steps of the output's grid they differ, the height logarithmic; over `allowed` in red."""
+    histogram = {int(step): number for step, number in agreement["histogram"].items() if number}
+    if not histogram:
+        return ""
+    last = max(2, min(8, max(histogram)))
+    title = f"{agreement['a']} against {agreement['b']}"
+    with _drawing(f"lsb-{title}", width=320, height=170, label=f"Differences of {title} in LSB") as (figure, out):
+        axes = figure.add_subplot()
+        counts = [histogram.get(step, 0) for step in range(last)]
+        counts.append(sum(number for step, number in histogram.items() if step >= last))
+        colours = [INT8 if allowed is None or step <= allowed else BAD for step in range(last + 1)]
+        # Half a logit is where the axis begins: on a logarithmic scale a single one would have no height.
+        axes.bar(range(last + 1), [max(number, 0.5) for number in counts], width=0.62, color=colours)
+        for step, number in enumerate(counts):
+            axes.annotate(
+                f"{number:,}", (step, max(number, 0.5)), (0, 3), textcoords="offset points", ha="center", fontsize=10
+            )
+        axes.set_yscale("log")
+        axes.set_ylim(0.5, 6 * max(counts))
+        axes.set_yticks([])
+        axes.minorticks_off()
+        axes.spines["left"].set_visible(False)
+        axes.set_xticks(range(last + 1), [*map(str, range(last)), f"{last}+" if max(histogram) > last else str(last)])
+        axes.set_xlabel("difference, LSB")
+    return out[0]
+
+
+def _accuracy_limits(axes: Axes, accuracies: list[float]) -> None:
+    """At least four points of accuracy on the axis: a smaller window would make a loss of one image look like a fall."""
+    low, high = min(accuracies), max(accuracies)
+    margin = max(0.25 * (high - low), (4 - (high - low)) / 2)
+    # Room above 100 so that a mark at the top is not cut in half.
+    top = min(high + margin, 100 + 0.08 * (high - low + 2 * margin))
+    axes.set_ylim(max(low - margin, -0.5), top)
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= 26 else f"{name[:12]}…{name[-13:]}"
+
+
+@contextmanager
+def _drawing(name: str, *, height: float, width: float = WIDTH, label: str) -> Iterator[tuple[Figure, list[str]]]:
+    """A figure to draw on, and a list that holds its SVG once the block is left."""
+    out: list[str] = []
+    with rc_context(STYLE), warnings.catch_warnings():
+        # The page's typeface has the characters that matplotlib's own lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+        yield figure, out
+        text = io.StringIO()
+        no_metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        FigureCanvasSVG(figure).print_svg(text, metadata=no_metadata)
+    out.append(_for_page(text.getvalue(), name, label))
+
+
+def _for_page(svg: str, name: str, label: str) -> str:
+    """The bare element: no prolog, colours as CSS variables, ids that no other drawing of the page has."""
+    svg = svg[svg.index("<svg") :]
+    for colour, variable in COLOURS.items():
+        svg = svg.replace(colour, f"var(--{variable})")
+    prefix = re.sub(r"[^A-Za-z0-9-]", "-", name)
+    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
+    svg = re.sub(r'(href="|url\()#', rf"\1#{prefix}-", svg)
+    return svg.replace("<svg ", f'<svg role="img" aria-label={quoteattr(label)} ', 1)

@@ -1,0 +1,304 @@
+"""What a run folder holds, checked: `run.json`, `recipe.yaml` and one `manifest.json` per finished stage.
+
+Everything a stage may leave out is optional here, and None means "not measured". Unknown fields are let through or ignored,
+so that a report can be written for a run folder of another version.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, ValidationError
+
+from compress.errors import CompressError
+
+
+class RunFolderError(CompressError):
+    """A folder that cannot be reported on: no run, nothing finished yet, or a file that does not say what it should."""
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Layer(Part):
+    name: str
+    kind: str = ""
+    inputs: int
+    outputs: int
+    groups: int = 1
+    kernel: list[int] = []
+    macs: int | None = None
+    params: int | None = None
+
+
+class NetworkFigures(Part):
+    """The torch network after a stage."""
+
+    accuracy: float | None = Field(default=None, ge=0, le=1)
+    images: int | None = None
+    params: int | None = None
+    macs: int | None = None
+    precision: str = "float32"
+    layers: list[Layer] = []
+
+
+class Epoch(Part):
+    epoch: int
+    loss: float
+    lr: float | None = None
+    seconds: float | None = None
+
+
+class ExportedFile(Part):
+    format: str
+    kind: str
+    """parent, float or int8."""
+    size_bytes: NonNegativeInt
+    sha256: str | None = None
+
+
+class Export(Part):
+    files: dict[str, ExportedFile] = {}
+
+
+class VerifiedFile(Part):
+    runtime: str
+    accuracy: float | None = Field(default=None, ge=0, le=1)
+    images: int | None = None
+
+
+class Agreement(Part):
+    """How far two forms of one network agree on the same images."""
+
+    a: str
+    b: str
+    kind: str = ""
+    logits: int | None = None
+    differing: int | None = None
+    max_lsb: int | None = None
+    max_abs: float | None = None
+    top1_agreement: float | None = None
+    histogram: dict[int, NonNegativeInt] = {}
+    """Number of logits by how many steps of the output's grid they differ."""
+
+
+class Verification(Part):
+    tolerance_lsb: int | None = None
+    images: int | None = None
+    verdict: str
+    files: dict[str, VerifiedFile] = {}
+    agreement: list[Agreement] = []
+    notes: list[str] = []
+
+
+class Conditions(Part):
+    """The machine that measured and how; fields that this class does not name are kept and shown."""
+
+    model_config = ConfigDict(extra="allow")
+
+    target: str = "local"
+    machine: str | None = None
+    cpu: str | None = None
+    arch: str | None = None
+    is_arm: bool | None = None
+    threads: int | list[int] | None = None
+    batch: int | None = None
+    runtimes: dict[str, Any] = {}
+
+
+class Timing(Part):
+    """One file timed in one runtime, batch 1."""
+
+    file: str
+    kind: str
+    runtime: str
+    threads: int | None = None
+    p50_ms: PositiveFloat
+    p90_ms: PositiveFloat | None = None
+    p99_ms: PositiveFloat | None = None
+    min_ms: PositiveFloat | None = None
+    max_ms: PositiveFloat | None = None
+    fps: PositiveFloat | None = None
+    startup_ms: NonNegativeFloat | None = None
+    first_ms: NonNegativeFloat | None = None
+    peak_rss_mb: NonNegativeFloat | None = None
+    samples: int | None = None
+    size_bytes: int | None = None
+    notes: list[str] = []
+
+
+class Pair(Part):
+    """Candidate against baseline, measured in turns."""
+
+    runtime: str
+    baseline: str
+    candidate: str
+    threads: int | None = None
+    speedup: PositiveFloat
+    interval: tuple[PositiveFloat, PositiveFloat] | None = None
+    aa_ratio: float | None = None
+    """The baseline against itself: what the machine calls a difference where there is none."""
+    verdict: str | None = None
+
+
+class Benchmark(Part):
+    conditions: Conditions
+    rows: list[Timing] = []
+    pairs: list[Pair] = []
+    notes: list[str] = []
+
+
+class Training(Part):
+    history: list[Epoch] = []
+
+
+class Pruning(Training):
+    goal_macs: float | None = None
+    macs_before: int | None = None
+    macs_after: int | None = None
+    reached: float | None = None
+    criterion: Any = None
+    round_to: int | None = None
+    steps: int | None = None
+
+
+Metrics = Export | Verification | Benchmark | Pruning | Training
+
+METRICS: dict[str, type[Metrics]] = {
+    "prune": Pruning,
+    "export": Export,
+    "verify": Verification,
+    "benchmark": Benchmark,
+}
+"""By stage; any other stage is one that may have trained."""
+
+
+class Manifest(Part):
+    stage: str
+    index: int
+    folder: str
+    settings: dict[str, Any] = {}
+    seconds: float | None = None
+    finished: str | None = None
+    resumed: bool = False
+    notes: list[str] = []
+    network: NetworkFigures | None = None
+    metrics: dict[str, Any] = {}
+
+
+class DataDescription(Part):
+    use: str | None = None
+    labels: list[str] = []
+    train: int | None = None
+    evaluation: int | None = None
+    fingerprint: str | None = None
+    notes: list[str] = []
+
+
+class ParentFigures(NetworkFigures):
+    stage: str | None = None
+    """Folder of the stage that left it; None for a network that came with its weights."""
+
+
+class RunDescription(Part):
+    name: str
+    command: str | None = None
+    started: str | None = None
+    finished: str | None = None
+    seconds: float | None = None
+    recipe_hash: str | None = None
+    compress: str | None = None
+    versions: dict[str, str] = {}
+    python: str | None = None
+    platform: str | None = None
+    cpu: str | None = None
+    threads: int | None = None
+    device: str | None = None
+    seed: int | None = None
+    data: DataDescription = DataDescription()
+    preprocess: dict[str, Any] = {}
+    model: dict[str, Any] = {}
+    parent: ParentFigures | None = None
+    """The network before anything was taken from it, where the pipeline says which one that is."""
+    stages: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A manifest with the metrics of its stage read."""
+
+    manifest: Manifest
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    run: RunDescription
+    stages: list[Stage]
+    unfinished: list[str]
+    """Stages that the run names and that left no manifest."""
+    recipe: str | None
+    """The resolved recipe's text."""
+
+
+def read_folder(path: Path) -> RunFolder:
+    """The run in `path`. Raises RunFolderError, in one line, with the file and the field that is wrong."""
+    if not (path / "run.json").is_file():
+        raise RunFolderError(
+            path, "not a run folder: it has no run.json", "give the folder that `compress run` wrote"
+        )
+    run = _read(path / "run.json", RunDescription)
+    folders = run.stages
+    if folders is None:
+        folders = sorted(manifest.parent.name for manifest in path.glob("stages/*/manifest.json"))
+    manifests = {name: path / "stages" / name / "manifest.json" for name in folders}
+    stages = [_stage(manifest) for manifest in manifests.values() if manifest.is_file()]
+    if not stages:
+        raise RunFolderError(path, "no stage of this run has finished", "run its recipe first")
+    recipe = path / "recipe.yaml"
+    return RunFolder(
+        run=run,
+        stages=stages,
+        unfinished=[name for name, manifest in manifests.items() if not manifest.is_file()],
+        recipe=_text(recipe) if recipe.is_file() else None,
+    )
+
+
+def _stage(path: Path) -> Stage:
+    manifest = _read(path, Manifest)
+    metrics = _check(path, METRICS.get(manifest.stage, Training), manifest.metrics, prefix="metrics.")
+    return Stage(manifest=manifest, metrics=metrics)
+
+
+_Part = TypeVar("_Part", bound=Part)
+
+
+def _read(path: Path, kind: type[_Part]) -> _Part:
+    try:
+        # A number that JSON does not know (NaN, Infinity) stays a word and fails where a number is wanted.
+        content = json.loads(_text(path), parse_constant=str)
+    except json.JSONDecodeError as error:
+        raise RunFolderError(
+            path, f"not JSON: {error.msg} in line {error.lineno}", "run its recipe again"
+        ) from error
+    return _check(path, kind, content)
+
+
+def _check(path: Path, kind: type[_Part], content: Any, prefix: str = "") -> _Part:
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = prefix + ".".join(map(str, first["loc"]))
+        raise RunFolderError(path, f"{place or 'the file'}: {first['msg']}", "run its recipe again") from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunFolderError(path, f"cannot be read: {error}") from error

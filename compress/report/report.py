@@ -1,0 +1,742 @@
+"""Reads a run folder and nothing else, and writes what it says: report.html, report.json, report.md."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from compress.report import charts, wording
+from compress.report.folder import (
+    Benchmark,
+    Conditions,
+    Export,
+    ExportedFile,
+    Metrics,
+    NetworkFigures,
+    Pair,
+    Pruning,
+    RunDescription,
+    RunFolder,
+    RunFolderError,
+    Stage,
+    Timing,
+    Training,
+    Verification,
+    read_folder,
+)
+from compress.report.wording import NOT_MEASURED
+
+COMPRESSING = ("prune", "quantize")
+"""Stages that take something away; the network before the first of them is the parent."""
+
+KINDS = ("parent", "float", "int8")
+
+CONDITIONS = {"arch": "architecture", "cpu": "CPU", "os": "system", "ram_gb": "RAM, GB", "temperature_c": "temperature, °C"}
+"""Names of a benchmark's conditions for people; the others are read as they are."""
+
+FORMAT = 1
+"""Of report.json; goes up when a field changes its meaning."""
+
+
+def write_report(run_folder: Path) -> Path:
+    """Path of report.html, written into the run folder together with report.json and report.md.
+
+    Each file is replaced in one step. The same folder gives the same bytes. Raises RunFolderError.
+    """
+    run_folder = Path(run_folder)
+    report = read_report(run_folder)
+    texts = {
+        "report.json": json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        "report.md": as_markdown(report),
+        "report.html": as_html(report),
+    }
+    for name, text in texts.items():
+        temporary = run_folder / f".{name}.{os.getpid()}"
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(run_folder / name)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise RunFolderError(run_folder / name, f"cannot be written: {error.strerror}") from error
+    return run_folder / "report.html"
+
+
+def read_report(run_folder: Path) -> dict[str, Any]:
+    """Everything the report says, as JSON. Raises RunFolderError.
+
+    Figures keep the manifests' names, units and digits; what was not measured is None.
+    """
+    folder = read_folder(Path(run_folder))
+    stages = folder.stages
+    parent = _parent(folder)
+    files, stale = _files(stages, parent)
+    best, baseline = _best(files)
+    verification, benchmark = _last(stages, Verification), _last(stages, Benchmark)
+    networks = _stages(stages, parent, files, best)
+    report = {
+        "format": FORMAT,
+        "name": folder.run.name,
+        "headline": _headline(
+            networks,
+            parent,
+            best,
+            baseline,
+            verification=verification and verification[1],
+            benchmark=benchmark and benchmark[1],
+        ),
+        "machine": benchmark and _machine(benchmark[1].conditions),
+        "run": folder.run.model_dump(mode="json", exclude={"parent", "name"}),
+        "recipe": folder.recipe,
+        "unfinished": folder.unfinished,
+        "stale": stale,
+        "parent": parent and _network(parent.figures, parent, parent.stage),
+        "stages": networks,
+        "files": files,
+        "layers": _layers(stages, parent),
+        "verify": verification and _verification(stages, *verification),
+        "benchmark": benchmark and _benchmark(stages, *benchmark),
+    }
+    return report | {"warnings": _warnings(report), "conditions": _conditions(folder.run), "notes": _notes(folder)}
+
+
+def summary_rows(report: dict[str, Any]) -> list[dict[str, str]]:
+    """One row per network and exported file, in words, all with the same keys: the headings of a table.
+
+    A network that was exported has a row per file and runtime, with figures measured on the file; one that was not has a
+    single row with the torch figures. Latencies belong to `report["machine"]`: print its `statement` below the table.
+    """
+    rows = []
+    networks = [stage for stage in report["stages"] if stage["network"]]
+    if report["parent"] and report["parent"]["stage"] is None:
+        networks.insert(0, {"folder": None, "network": report["parent"]})
+    for stage in networks:
+        network = stage["network"]
+        files: list[dict[str, Any]] = [file for file in report["files"] if file["stage"] == stage["folder"]]
+        for file in files or [_without_file(network)]:
+            timing, pair = file["timing"] or {}, file["pair"] or {}
+            source = f" ({file['accuracy_of']})" if file["accuracy_of"] == "torch" else ""
+            rows.append(
+                {
+                    "network": _label(file, files, stage["folder"] or "as loaded"),
+                    "accuracy": wording.percent(file["accuracy"]) + source,
+                    "vs parent": "parent" if file["kind"] == "parent" else wording.points(file["difference"]),
+                    "MACs": wording.count(network["macs"]),
+                    "params": wording.count(network["params"]),
+                    "size": wording.size(file["size_bytes"]),
+                    "p50": wording.ms(timing.get("p50_ms")),
+                    "fps": wording.three_digits(timing["fps"]) if timing else NOT_MEASURED,
+                    "speed-up": "parent" if file["kind"] == "parent" else wording.ratio(pair.get("speedup")),
+                }
+            )
+    return rows
+
+
+def _label(file: dict[str, Any], files: list[dict[str, Any]], stage: str) -> str:
+    """Stage and file; the runtime and its threads only where they tell two rows of one file apart."""
+    if not file["file"]:
+        return stage
+    label = f"{stage} {file['file']}"
+    if len([other for other in files if other["file"] == file["file"]]) > 1:
+        label += f", {wording.runtime(file['runtime'])}, threads {file['timing']['threads']}"
+    return label
+
+
+def _without_file(network: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "file": None,
+        "kind": "parent" if network["is_parent"] else None,
+        "runtime": None,
+        "accuracy": network["accuracy"],
+        "accuracy_of": None if network["accuracy"] is None else "torch",
+        "difference": network["difference"],
+        "size_bytes": None,
+        "timing": None,
+        "pair": None,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ stages and files
+
+_M = TypeVar("_M", bound=Metrics)
+
+
+def _last(stages: list[Stage], kind: type[_M]) -> tuple[int, _M] | None:
+    """Position and metrics of the last stage with such metrics."""
+    for at in reversed(range(len(stages))):
+        metrics = stages[at].metrics
+        if type(metrics) is kind:
+            return at, metrics
+    return None
+
+
+@dataclass(frozen=True)
+class _Parent:
+    figures: NetworkFigures
+    stage: str | None
+    """None for a network that came with its weights."""
+
+
+def _parent(folder: RunFolder) -> _Parent | None:
+    """The network before anything was taken from it, None where the run does not say anything of it."""
+    if folder.run.parent:
+        return _Parent(folder.run.parent, folder.run.parent.stage)
+    found = None
+    for stage in folder.stages:
+        manifest = stage.manifest
+        if manifest.stage in COMPRESSING:
+            if not found and isinstance(stage.metrics, Pruning):
+                return _Parent(NetworkFigures(macs=stage.metrics.macs_before), None)
+            break
+        if manifest.network:
+            found = _Parent(manifest.network, manifest.folder)
+    return found
+
+
+def _exports(stages: list[Stage]) -> dict[str, tuple[int, ExportedFile]]:
+    """Every exported file by name, the later one where two have the same, with its stage's position."""
+    found = {}
+    for at, stage in enumerate(stages):
+        if isinstance(stage.metrics, Export):
+            found |= {name: (at, file) for name, file in stage.metrics.files.items()}
+    return found
+
+
+def _unchanged(stages: list[Stage], at: int) -> Callable[[str], bool]:
+    """Whether the stage at that position had before it the file that the run ends with."""
+    before, now = _exports(stages[:at]), _exports(stages)
+
+    def same(name: str) -> bool:
+        if name not in now:
+            return not now  # a run without an export stage: nothing to compare with
+        if name not in before:
+            return False
+        return before[name] == now[name] or None is not before[name][1].sha256 == now[name][1].sha256
+
+    return same
+
+
+def _network_of(kind: str, stages: list[Stage], parent: _Parent | None) -> tuple[str | None, NetworkFigures | None]:
+    """Stage and figures of the network that a file of that kind was made from, given the stages before its export."""
+    if kind == "parent":
+        return (parent.stage, parent.figures) if parent else (None, None)
+    for stage in reversed(stages):
+        manifest = stage.manifest
+        if manifest.network and manifest.network.precision.startswith("int8") == (kind == "int8"):
+            return manifest.folder, manifest.network
+    return None, None
+
+
+def _files(stages: list[Stage], parent: _Parent | None) -> tuple[list[dict[str, Any]], list[str]]:
+    """Every exported file in every runtime it was timed in, and a sentence per figure that a later export made void."""
+    exports = _exports(stages)
+    verified, timed, pairs, stale = {}, [], [], []
+    if verification := _last(stages, Verification):
+        same = _unchanged(stages, verification[0])
+        verified = {name: file for name, file in verification[1].files.items() if same(name)}
+        stale += [_stale(stages, verification[0], name) for name in verification[1].files if not same(name)]
+    if benchmark := _last(stages, Benchmark):
+        same = _unchanged(stages, benchmark[0])
+        timed = [row for row in benchmark[1].rows if same(row.file)]
+        pairs = [pair for pair in benchmark[1].pairs if same(pair.baseline) and same(pair.candidate)]
+        names = dict.fromkeys(row.file for row in benchmark[1].rows)
+        stale += [_stale(stages, benchmark[0], name) for name in names if not same(name)]
+
+    parent_accuracy = parent and parent.figures.accuracy
+    known = {row.file: ExportedFile(format=_suffix(row.file), kind=row.kind, size_bytes=row.size_bytes or 0) for row in timed}
+    found = []
+    for name, (at, file) in ({name: (len(stages), file) for name, file in known.items()} | exports).items():
+        stage, network = _network_of(file.kind, stages[:at], parent)
+        accuracy, images, source = None, None, None
+        if name in verified and verified[name].accuracy is not None:
+            accuracy, images, source = verified[name].accuracy, verified[name].images, "file"
+        elif network and network.accuracy is not None:
+            accuracy, images, source = network.accuracy, network.images, "torch"
+        for row in [row for row in timed if row.file == name] or [None]:
+            found.append(
+                {
+                    "file": name,
+                    "kind": file.kind,
+                    "format": file.format,
+                    "size_bytes": file.size_bytes or None,
+                    "sha256": file.sha256,
+                    "stage": stage,
+                    "runtime": row.runtime if row else (verified[name].runtime if name in verified else None),
+                    "accuracy": accuracy,
+                    "accuracy_of": source,
+                    "images": images,
+                    "timing": row and _timing(row),
+                }
+            )
+    for file in found:
+        base = _counterpart(file, found)
+        like = base and base["accuracy_of"] == file["accuracy_of"]
+        against = base["accuracy"] if like else parent_accuracy
+        file["difference"] = _minus(file["accuracy"], against)
+        file["difference_from"] = None if file["difference"] is None else (base["file"] if like else "torch parent")
+        file["times_smaller"] = _over(base and base["size_bytes"], file["size_bytes"])
+        file["pair"] = _pair(file, base, pairs)
+    order = {kind: place for place, kind in enumerate(KINDS)}
+    found.sort(key=lambda file: (order.get(file["kind"], len(order)), file["runtime"] or "", file["file"]))
+    return found, stale
+
+
+def _stale(stages: list[Stage], at: int, name: str) -> str:
+    return f"{stages[at].manifest.folder} measured {name} before it was exported anew: its figures are left out"
+
+
+def _suffix(name: str) -> str:
+    return Path(name).suffix.lstrip(".")
+
+
+def _timing(row: Timing) -> dict[str, Any]:
+    """A row's figures with its frames per second and its spread, (p90 - p50) / p50."""
+    timing = row.model_dump(mode="json", exclude={"file", "kind", "runtime", "size_bytes"})
+    timing["fps"] = 1000 / row.p50_ms
+    timing["spread"] = None if row.p90_ms is None else (row.p90_ms - row.p50_ms) / row.p50_ms
+    return timing
+
+
+def _counterpart(file: dict[str, Any], files: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The parent's file to compare with: the same format, and where both were timed the same runtime and threads."""
+    same = [other for other in files if other["kind"] == "parent" and other["format"] == file["format"]]
+    timed = [other for other in same if _session(other) == _session(file)]
+    return next(iter(timed or same), None)
+
+
+def _session(file: dict[str, Any]) -> tuple[Any, ...] | None:
+    return file["timing"] and (file["runtime"], file["timing"]["threads"])
+
+
+def _pair(file: dict[str, Any], base: dict[str, Any] | None, pairs: list[Pair]) -> dict[str, Any] | None:
+    """The speed-up over the parent: measured in turns, or else the ratio of the medians, which has no interval."""
+    if file["kind"] == "parent" or not file["timing"]:
+        return None
+    for pair in pairs:
+        if (pair.candidate, pair.runtime) == (file["file"], file["runtime"]) and base and pair.baseline == base["file"]:
+            if pair.threads in (None, file["timing"]["threads"]):
+                return pair.model_dump(mode="json", exclude={"candidate", "runtime", "threads"}) | {"by": "turns"}
+    if not base or _session(base) != _session(file):
+        return None
+    return {
+        "baseline": base["file"],
+        "speedup": base["timing"]["p50_ms"] / file["timing"]["p50_ms"],
+        "interval": None,
+        "aa_ratio": None,
+        "verdict": None,
+        "by": "ratio of medians",
+    }
+
+
+def _best(files: list[dict[str, Any]]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The file the headline speaks of, and the parent's file beside it.
+
+    The most compressed kind, in the runtime where it is fastest; without a benchmark, one whose accuracy was measured.
+    """
+    kinds = [kind for kind in reversed(KINDS) if any(file["kind"] == kind for file in files)]
+    if not kinds:
+        return None, None
+    best = min(
+        (file for file in files if file["kind"] == kinds[0]),
+        key=lambda file: (file["timing"]["p50_ms"] if file["timing"] else math.inf, file["accuracy_of"] != "file"),
+    )
+    return best, _counterpart(best, files)
+
+
+def _stages(
+    stages: list[Stage], parent: _Parent | None, files: list[dict[str, Any]], best: dict[str, Any] | None
+) -> list[dict[str, Any]]:
+    """Every stage with the network before and after it; frames per second in the headline's runtime and threads."""
+    fps = {file["stage"]: file["timing"]["fps"] for file in files if best and file["timing"] and _session(file) == _session(best)}
+    found = []
+    before = None
+    if parent and parent.stage is None:
+        before = _network(parent.figures, parent, None) | {"fps": fps.get(None)}
+    for stage in stages:
+        manifest, metrics = stage.manifest, stage.metrics
+        after = None
+        if manifest.network:
+            after = _network(manifest.network, parent, manifest.folder) | {"fps": fps.get(manifest.folder)}
+        found.append(
+            manifest.model_dump(mode="json", exclude={"network", "metrics"})
+            | {
+                "network": after,
+                "before": before if after else None,
+                "points": after and _minus(after["accuracy"], before and before["accuracy"]),
+                "training": [epoch.model_dump() for epoch in getattr(metrics, "history", [])],
+                "pruning": metrics.model_dump(mode="json", exclude={"history"}) if isinstance(metrics, Pruning) else None,
+            }
+        )
+        before = after or before
+    return found
+
+
+def _network(figures: NetworkFigures, parent: _Parent | None, stage: str | None) -> dict[str, Any]:
+    """A torch network's figures without its layers, and how far it is from the parent's."""
+    origin = parent.figures if parent else NetworkFigures()
+    return figures.model_dump(mode="json", exclude={"layers"}) | {
+        "stage": stage,
+        "is_parent": bool(parent and parent.stage == stage),
+        "difference": _minus(figures.accuracy, origin.accuracy),
+        "times_fewer_macs": _over(origin.macs, figures.macs),
+        "times_fewer_params": _over(origin.params, figures.params),
+    }
+
+
+def _layers(stages: list[Stage], parent: _Parent | None) -> list[dict[str, Any]]:
+    """The layers of the last pruned network beside those of the parent, in order of execution; [] without pruning."""
+    pruned = [stage.manifest.network for stage in stages if stage.manifest.stage == "prune" and stage.manifest.network]
+    if not pruned or not parent:
+        return []
+    after = {layer.name: layer for layer in pruned[-1].layers}
+    return [
+        {
+            "name": layer.name,
+            "kind": "depthwise" if 1 < layer.groups == layer.inputs else layer.kind,
+            "kernel": layer.kernel,
+            "channels": [layer.outputs, after[layer.name].outputs if layer.name in after else None],
+            "macs": [layer.macs, after[layer.name].macs if layer.name in after else None],
+            "params": [layer.params, after[layer.name].params if layer.name in after else None],
+            "cut": layer.name not in after or after[layer.name].outputs < layer.outputs,
+        }
+        for layer in parent.figures.layers
+    ]
+
+
+def _verification(stages: list[Stage], at: int, metrics: Verification) -> dict[str, Any]:
+    return {"stage": stages[at].manifest.folder} | metrics.model_dump(mode="json")
+
+
+def _benchmark(stages: list[Stage], at: int, metrics: Benchmark) -> dict[str, Any]:
+    rows = [{"file": row.file, "kind": row.kind, "runtime": row.runtime} | _timing(row) for row in metrics.rows]
+    return {"stage": stages[at].manifest.folder} | metrics.model_dump(mode="json") | {"rows": rows}
+
+
+def _minus(value: float | None, other: float | None) -> float | None:
+    return None if value is None or other is None else value - other
+
+
+def _over(value: float | None, other: float | None) -> float | None:
+    return None if not value or not other else value / other
+
+
+# ----------------------------------------------------------------------------------------------------------- the headline
+
+
+def _machine(conditions: Conditions) -> dict[str, Any]:
+    """Who measured the latencies, and the sentence that has to stand beside every one of them."""
+    arch = conditions.arch
+    looks_arm = str(arch).lower().startswith(("aarch64", "arm"))
+    emulated = conditions.target == "emulated"
+    cpu = conditions.machine or conditions.cpu or "a CPU the benchmark did not name"
+    if emulated:
+        statement = f"Emulated figures from {cpu}: they check results and are no board's fps."
+    elif conditions.is_arm and looks_arm:
+        statement = f"Measured on {cpu} ({arch})."
+    elif arch:
+        family = "x86" if arch.lower() in ("x86_64", "amd64", "i386", "i686") else arch
+        statement = f"These are {family} figures on {cpu}, not ARM fps."
+    else:
+        statement = f"Measured on {cpu}, architecture not recorded: do not take the figures for ARM fps."
+    name = f"{cpu} ({arch})" if arch else cpu
+    return {
+        "cpu": cpu,
+        "arch": arch,
+        "is_arm": bool(conditions.is_arm and looks_arm and not emulated),
+        "emulated": emulated,
+        "statement": statement,
+        "conditions": ", ".join([*_threads(conditions.threads), f"batch {conditions.batch or 1}", name]),
+    }
+
+
+def _threads(threads: Any) -> list[str]:
+    if not isinstance(threads, int):
+        return []
+    return ["1 thread" if threads == 1 else f"{threads} threads"]
+
+
+def _headline(
+    networks: list[dict[str, Any]],
+    parent: _Parent | None,
+    best: dict[str, Any] | None,
+    baseline: dict[str, Any] | None,
+    verification: Verification | None,
+    benchmark: Benchmark | None,
+) -> dict[str, Any]:
+    """The verdict in one sentence, the figures behind it with their conditions, and what must not be overlooked."""
+    final = next((stage["network"] for stage in reversed(networks) if stage["network"]), None)
+    if best and best["kind"] == "parent" and final and not final["is_parent"]:
+        best = baseline = None  # compressed, but only the parent was exported
+    facts = {
+        "speed": _speed(best, baseline, benchmark),
+        "accuracy": _accuracy(best, baseline, final, parent),
+        "size": _size(best, baseline),
+        "compute": _compute(final, parent),
+        "parity": _parity(verification),
+    }
+    compressed = (best and best["kind"] != "parent") or (final and not final["is_parent"])
+    phrases = [fact["phrase"] for fact in facts.values() if fact["phrase"]]
+    if compressed:
+        missing = [name for name in ("speed", "accuracy", "size") if facts[name]["value"] == NOT_MEASURED]
+        sentence = ", ".join(phrases[:3]) or "compressed"
+        sentence += f"; {' and '.join(missing)} not measured" if missing else ""
+    else:
+        sentence = "Nothing compressed: " + (", ".join(phrases[:3]) or "nothing measured")
+    return {
+        "sentence": sentence[0].upper() + sentence[1:],
+        "compressed": bool(compressed),
+        "file": best and best["file"],
+        "baseline": baseline and baseline["file"],
+        "measured": _measured(best, benchmark) if best and best["timing"] and benchmark else None,
+        "facts": facts,
+    }
+
+
+def _fact(label: str, value: str, detail: str = "", condition: str = "", phrase: str = "", tone: str = "") -> dict[str, str]:
+    """`phrase` is the fact's part of the headline; `tone` is "", "good" or "bad"."""
+    return {"label": label, "value": value, "detail": detail, "condition": condition, "phrase": phrase, "tone": tone}
+
+
+def _speed(best: dict[str, Any] | None, baseline: dict[str, Any] | None, benchmark: Benchmark | None) -> dict[str, str]:
+    if not best or not best["timing"] or not benchmark:
+        return _fact("Speed", NOT_MEASURED, "no benchmark of this network in this run")
+    timing, pair, condition = best["timing"], best["pair"], _measured(best, benchmark)
+    p50, fps = wording.ms(timing["p50_ms"]), wording.fps(timing["fps"])
+    if not pair or not baseline or not baseline["timing"]:
+        return _fact("Speed", fps, f"{p50} at p50", condition, phrase=fps)
+    phrase = wording.faster(pair["speedup"], pair["interval"])
+    noisy = pair["verdict"] == "NOISY"
+    if pair["interval"]:
+        how = f"interval {pair['interval'][0]:.2f} to {pair['interval'][1]:.2f}×"
+    else:
+        how = "ratio of the medians"
+    before = baseline["timing"]
+    return _fact(
+        "Speed",
+        phrase,
+        f"{wording.three_digits(before['p50_ms'])} → {p50} p50, {wording.three_digits(before['fps'])} → {fps}",
+        f"{how}{', NOISY' if noisy else ''}; {condition}",
+        phrase=f"about {phrase}" if noisy and "no " not in phrase else phrase,
+        tone="bad" if noisy or "slower" in phrase else "good" if "faster" in phrase else "",
+    )
+
+
+def _measured(file: dict[str, Any], benchmark: Benchmark) -> str:
+    """Runtime, threads, batch and machine of a file's latency."""
+    conditions = benchmark.conditions
+    own = conditions.model_copy(update={"threads": file["timing"]["threads"] or conditions.threads})
+    version = conditions.runtimes.get(file["runtime"])
+    return f"{wording.runtime(file['runtime'], version)}, {_machine(own)['conditions']}"
+
+
+def _accuracy(
+    best: dict[str, Any] | None,
+    baseline: dict[str, Any] | None,
+    final: dict[str, Any] | None,
+    parent: _Parent | None,
+) -> dict[str, str]:
+    measured = best if best and best["accuracy"] is not None else final
+    if not measured or measured["accuracy"] is None:
+        return _fact("Accuracy", NOT_MEASURED, "neither of a file nor of a torch network")
+    accuracy, images, difference = measured["accuracy"], measured["images"], measured["difference"]
+    on_file = measured is best and best["accuracy_of"] == "file"
+    images_text = f"; {images:,} images, one is {100 / images:.2g} points" if images else ""
+    is_parent = measured["kind"] == "parent" if measured is best else measured["is_parent"]
+    if is_parent or difference is None:
+        condition = (f"measured on {best['file']}" if on_file and best else "of the torch network") + images_text
+        return _fact("Accuracy", wording.percent(accuracy), "top-1", condition, f"{wording.percent(accuracy)} accuracy")
+    if on_file and best and baseline and best["difference_from"] == baseline["file"]:
+        before, condition = baseline["accuracy"], f"measured on {baseline['file']} and {best['file']}"
+    elif on_file and best:
+        before, condition = accuracy - difference, f"measured on {best['file']}, against the torch parent"
+    else:
+        before, condition = accuracy - difference, "of the torch networks, not of exported files"
+    return _fact(
+        "Accuracy",
+        wording.points(difference),
+        f"{wording.percent(before)} → {wording.percent(accuracy)} top-1",
+        condition + images_text,
+        phrase=wording.lost(difference),
+    )
+
+
+def _size(best: dict[str, Any] | None, baseline: dict[str, Any] | None) -> dict[str, str]:
+    if not best or best["size_bytes"] is None:
+        return _fact("File size", NOT_MEASURED, "no file of this network was exported")
+    size, times = wording.size(best["size_bytes"]), best["times_smaller"]
+    if best["kind"] == "parent" or times is None or not baseline:
+        return _fact("File size", size, best["file"], phrase=size)
+    return _fact(
+        "File size",
+        wording.smaller(times),
+        f"{wording.size(baseline['size_bytes'])} → {size}",
+        f"{baseline['file']} and {best['file']}",
+        phrase=wording.smaller(times),
+        tone="good" if times > 1 else "bad",
+    )
+
+
+def _compute(final: dict[str, Any] | None, parent: _Parent | None) -> dict[str, str]:
+    if not final or final["macs"] is None:
+        return _fact("Multiply-adds", NOT_MEASURED)
+    macs, params = wording.count(final["macs"]), wording.count(final["params"])
+    times = final["times_fewer_macs"]
+    if final["is_parent"] or not parent or times is None:
+        return _fact("Multiply-adds", macs, f"{params} parameters", "one image")
+    if times == 1:
+        return _fact("Multiply-adds", "unchanged", f"{macs}; {params} parameters", "one image")
+    fewer_params = f"{wording.count(parent.figures.params)} → {params} parameters" if parent.figures.params else f"{params} parameters"
+    return _fact(
+        "Multiply-adds",
+        f"{times:.1f}× fewer" if times > 1 else f"{1 / times:.1f}× more",
+        f"{wording.count(parent.figures.macs)} → {macs}",
+        f"one image; {fewer_params}",
+    )
+
+
+def _parity(verification: Verification | None) -> dict[str, str]:
+    label = "Parity"
+    if not verification:
+        return _fact(label, NOT_MEASURED, "no verify stage in this run")
+    int8 = [agreement for agreement in verification.agreement if agreement.max_lsb is not None]
+    detail = ""
+    if int8:
+        differing, logits = sum(a.differing or 0 for a in int8), sum(a.logits or 0 for a in int8)
+        detail = f"{differing:,} of {logits:,} logits differ, by at most {max(a.max_lsb or 0 for a in int8)} LSB"
+    elif worst := [agreement.max_abs for agreement in verification.agreement if agreement.max_abs is not None]:
+        detail = f"float outputs within {max(worst):.1e}"
+    parts = [f"allowed: {verification.tolerance_lsb} LSB"] if verification.tolerance_lsb is not None and int8 else []
+    parts += [f"{verification.images:,} images"] if verification.images else []
+    tone = "good" if verification.verdict == "PASS" else "bad"
+    return _fact(label, verification.verdict, detail, ", ".join(parts), tone=tone)
+
+
+def _conditions(run: RunDescription) -> dict[str, str]:
+    """What the run's figures hold for, by name and in words; what the run does not say is left out."""
+    data, preprocess = run.data, run.preprocess
+    labels = ", ".join(data.labels[:12]) + (", …" if len(data.labels) > 12 else "")
+    images = [f"{number:,} for {use}" for number, use in ((data.train, "training"), (data.evaluation, "evaluation")) if number]
+    found = {
+        "Recipe hash": run.recipe_hash,
+        "Seed": run.seed,
+        "Data": ", ".join([data.use, *images] if data.use else images),
+        "Data fingerprint": data.fingerprint,
+        "Classes": f"{len(data.labels)}: {labels}" if data.labels else None,
+        "Input": preprocess,
+        "Model": run.model,
+        "Trained on": run.device,
+        "Host CPU": run.cpu,
+        "Threads in training": run.threads,
+        "Platform": run.platform,
+        "Versions": {**({"compress": run.compress} if run.compress else {}), **({"Python": run.python} if run.python else {})}
+        | run.versions,
+        "Started": run.started and wording.moment(run.started),
+        "Time taken": None if run.seconds is None else wording.duration(run.seconds),
+    }
+    return {name: _as_text(value) for name, value in found.items() if value not in (None, "", {})}
+
+
+def _notes(folder: RunFolder) -> list[dict[str, Any]]:
+    """What data and stages remarked, each sentence once per place."""
+    found = [("data", folder.run.data.notes)]
+    for stage in folder.stages:
+        own = list(stage.manifest.notes)
+        if isinstance(stage.metrics, (Verification, Benchmark)):
+            own += stage.metrics.notes
+        if isinstance(stage.metrics, Benchmark):
+            own += [f"{row.file}: {note}" for row in stage.metrics.rows for note in row.notes]
+        found.append((stage.manifest.folder, own))
+    return [{"where": where, "texts": list(dict.fromkeys(texts))} for where, texts in found if texts]
+
+
+def _warnings(report: dict[str, Any]) -> list[str]:
+    """What a reader must not overlook, most important first."""
+    found = []
+    if report["verify"] and report["verify"]["verdict"] != "PASS":
+        found.append(
+            f"Parity {report['verify']['verdict']}: exported files do not agree with the network they were made from."
+            " Do not ship them."
+        )
+    if report["machine"] and not report["machine"]["is_arm"]:
+        found.append(report["machine"]["statement"])
+    noisy = [pair for pair in (report["benchmark"] or {}).get("pairs", []) if pair["verdict"] == "NOISY"]
+    if noisy:
+        names = ", ".join(dict.fromkeys(pair["candidate"] for pair in noisy))
+        found.append(f"Noisy measurement ({names}): take the speed-up for a rough figure and measure again on a quiet machine.")
+    if report["unfinished"]:
+        found.append(f"Unfinished run: {', '.join(report['unfinished'])} left no result.")
+    return found + [f"{sentence[0].upper()}{sentence[1:]}." for sentence in report["stale"]]
+
+
+# ------------------------------------------------------------------------------------------------------------- as text
+
+
+def as_html(report: dict[str, Any]) -> str:
+    """One page without scripts or references to anything outside it."""
+    environment = _environment(autoescape=True)
+    drawings = {
+        "tradeoff": charts.tradeoff(report["files"]),
+        "channels": charts.channels(report["layers"]),
+        "lsb": [
+            (item, charts.lsb_histogram(item, allowed=report["verify"]["tolerance_lsb"]))
+            for item in (report["verify"] or {}).get("agreement", [])
+            if any(item["histogram"].values())
+        ],
+        "training": {
+            stage["folder"]: charts.training_curve(stage["folder"], stage["training"])
+            for stage in report["stages"]
+            if stage["training"]
+        },
+    }
+    return environment.get_template("template.html").render(report=report, charts=drawings)
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    """The report's tables for a README or a pull request."""
+    environment = _environment(autoescape=False, finalize=_escape_markdown)
+    environment.filters["verbatim"] = lambda text: Markup(" ".join(text.split()))
+    return environment.get_template("template.md").render(report=report)
+
+
+def _environment(*, autoescape: bool, finalize: Callable[[Any], Any] | None = None) -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=autoescape,
+        finalize=finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    for name in ("percent", "points", "ms", "fps", "ratio", "size", "count", "duration", "runtime", "three_digits", "smaller", "agreement", "moment"):
+        environment.filters[name] = getattr(wording, name)
+    environment.filters["as_text"] = _as_text
+    environment.filters["condition"] = lambda name: CONDITIONS.get(name, name.replace("_", " "))
+    return environment
+
+
+def _escape_markdown(value: Any) -> Any:
+    """Text that stays one cell of a table and starts no markup; Markup passes as it is."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return "".join(f"\\{c}" if c in "\\|<*[]`" else c for c in " ".join(value.split()))
+
+
+def _as_text(value: Any) -> str:
+    """A setting or condition as a reader would write it: no quotes, no braces."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_as_text(item)}" for key, item in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_as_text, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,121 @@
+"""Figures in words, the same in the page, the table and the terminal. None is "not measured", never a zero."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+NOT_MEASURED = "not measured"
+
+RUNTIMES = {"onnxruntime": "ONNX Runtime", "litert": "LiteRT"}
+
+
+def percent(fraction: float | None) -> str:
+    return NOT_MEASURED if fraction is None else f"{100 * fraction:.1f}%"
+
+
+def agreement(fraction: float | None) -> str:
+    """Never rounded up to 100%."""
+    if fraction is None or fraction in (0, 1):
+        return NOT_MEASURED if fraction is None else f"{100 * fraction:.0f}%"
+    return f"{min(100 * fraction, 99.99):.2f}%"
+
+
+def points(difference: float | None) -> str:
+    """A difference of two accuracies (fractions) in percentage points, with its sign."""
+    if difference is None:
+        return NOT_MEASURED
+    text = f"{100 * difference:+.1f}".replace("-", "\N{MINUS SIGN}")
+    return "0.0 points" if float(f"{100 * difference:.1f}") == 0 else f"{text} points"
+
+
+def ms(value: float | None) -> str:
+    return NOT_MEASURED if value is None else f"{three_digits(value)} ms"
+
+
+def fps(value: float | None) -> str:
+    return NOT_MEASURED if value is None else f"{three_digits(value)} fps"
+
+
+def ratio(value: float | None) -> str:
+    return NOT_MEASURED if value is None else f"{value:.2f}×"
+
+
+def size(size_bytes: float | None) -> str:
+    """Decimal units: 1 MB is 1,000,000 bytes."""
+    if size_bytes is None:
+        return NOT_MEASURED
+    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size_bytes >= factor:
+            return f"{three_digits(size_bytes / factor)} {unit}"
+    return f"{size_bytes:.0f} B"
+
+
+def count(number: float | None) -> str:
+    """`94.0 M`: three digits and a decimal unit; numbers below ten thousand in full."""
+    if number is None:
+        return NOT_MEASURED
+    for least, factor, unit in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if number >= least:
+            return f"{three_digits(number / factor)} {unit}"
+    return f"{number:,.0f}"
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return NOT_MEASURED
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def moment(text: str) -> str:
+    """An ISO time without its seconds; anything else as it is."""
+    try:
+        return datetime.fromisoformat(text).strftime("%Y-%m-%d %H:%M %Z").strip()
+    except ValueError:
+        return text
+
+
+def runtime(name: str | None, version: object = None) -> str:
+    label = RUNTIMES.get(name or "", name or NOT_MEASURED)
+    return f"{label} {version}" if version and version != "unavailable" else label
+
+
+def faster(speedup: float, interval: tuple[float, float] | list[float] | None = None) -> str:
+    """`3.4× faster`, `4% slower`, or that no difference was measured (the interval holds 1)."""
+    if interval and interval[0] <= 1 <= interval[1]:
+        return "no measurable change in speed"
+    return _compared(speedup, "faster", "slower", "no change in speed")
+
+
+def smaller(times: float) -> str:
+    return _compared(times, "smaller", "larger", "no change in size")
+
+
+def lost(difference: float) -> str:
+    """`0.4 points lost`, from a difference of two accuracies (fractions)."""
+    if difference == 0:
+        return "accuracy unchanged"
+    word = "lost" if difference < 0 else "gained"
+    amount = f"{abs(100 * difference):.1f}"
+    return f"less than 0.1 points {word}" if amount == "0.0" else f"{amount} points {word}"
+
+
+def _compared(times: float, more: str, less: str, same: str) -> str:
+    word, times = (more, times) if times >= 1 else (less, 1 / times)
+    if times < 1.005:
+        return same
+    if times < 1.1:  # "1.0× faster" would say nothing
+        return f"{100 * (times - 1):.0f}% {word}"
+    return f"{times:.1f}× {word}" if times < 99.5 else f"{times:.0f}× {word}"
+
+
+def three_digits(value: float | None) -> str:
+    if value is None:
+        return NOT_MEASURED
+    if value >= 99.95:
+        return f"{value:,.0f}"
+    if value >= 9.995:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if value >= 0.0995 else f"{value:.2g}"

@@ -1,0 +1,83 @@
+"""The files a board runs: the compressed network in float and int8, and the parent to compare with."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+from pydantic import Field
+from torch import fx
+
+from compress.errors import ModelError
+from compress.formats.metadata import metadata
+from compress.formats.onnx import float_onnx, int8_onnx
+from compress.formats.tflite import to_tflite
+from compress.product import Network, Product, Run
+from compress.quantization import fold_batchnorm, freeze
+from compress.settings import Settings
+
+Format = Literal["onnx", "tflite"]
+
+
+class Export(Settings):
+    """Writes parent, float and int8 files, as far as the stages before made them."""
+
+    use: Literal["export"]
+    formats: tuple[Format, ...] = Field(default=("onnx", "tflite"), min_length=1)
+
+    def apply(self, product: Product, run: Run) -> Product:
+        networks = by_kind(product)
+        files: dict[str, Path] = {}
+        with run.progress.steps("export", len(networks) * len(self.formats)) as advance:
+            for kind, network in networks.items():
+                about = metadata(
+                    kind=kind,
+                    preprocess=run.data.preprocess,
+                    labels=run.data.labels,
+                    recipe_hash=run.recipe_hash,
+                )
+                model = to_onnx(network, about)
+                for file_format in self.formats:
+                    path = run.folder / f"{kind}.{file_format}"
+                    content = model.SerializeToString() if file_format == "onnx" else to_tflite(model, about)
+                    path.write_bytes(content)
+                    files[path.name] = path
+                    advance(path.name)
+        return replace(product, files=files, metrics={"files": {name: _about(path) for name, path in files.items()}})
+
+
+def by_kind(product: Product) -> dict[str, Network]:
+    """The networks worth a file: the parent, the compressed float network, the int8 one."""
+    networks = {"parent": product.original}
+    compressed = product.float_network or product.network
+    if compressed is not product.original:
+        networks["float"] = compressed
+    if product.network.structure.quantize is not None:
+        networks["int8"] = product.network
+    return networks
+
+
+def to_onnx(network: Network, about: dict[str, str]) -> onnx.ModelProto:
+    """The network as ONNX: QDQ int8 where it is fake-quantized, float32 with BatchNorm folded where it is not."""
+    size = network.structure.preprocess.size
+    if network.structure.quantize is not None:
+        assert isinstance(network.module, fx.GraphModule)
+        return int8_onnx(freeze(network.module), size, about)
+    try:
+        module = fold_batchnorm(network.module)
+    except ModelError:  # control flow that fx cannot follow; torch.onnx often can, and folds what it finds
+        return float_onnx(network.module, size, about)
+    return float_onnx(module, size, about)
+
+
+def _about(path: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    return {
+        "format": path.suffix[1:],
+        "kind": path.stem,
+        "size_bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }

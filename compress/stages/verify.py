@@ -1,0 +1,255 @@
+"""What the exported files compute, asked of the files: accuracy, and agreement between torch, ONNX Runtime and LiteRT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import torch
+from pydantic import Field
+from torch import fx
+
+from compress.formats.tflite import with_outputs
+from compress.product import Product, Run
+from compress.quantization import Frozen, Grid, freeze
+from compress.settings import Settings
+from compress.targets import open_model
+from compress.targets.agent import Model
+
+TORCH = "frozen torch int8"
+
+
+class Verify(Settings):
+    """Fails the run where runtimes differ by more than the tolerances."""
+
+    use: Literal["verify"]
+    tolerance_lsb: int = Field(default=1, ge=0)
+    """Largest difference of an int8 logit, in units of its last place."""
+    tolerance_float: float = Field(default=1e-3, gt=0)
+    """Largest difference of a float logit, as a part of the largest logit of the split."""
+    threads: int = Field(default=2, ge=1)
+
+    def apply(self, product: Product, run: Run) -> Product:
+        models = {name: open_model(path, threads=self.threads) for name, path in product.files.items()}
+        frozen = _frozen(product)
+        predictors = {name: _predictor(model) for name, model in models.items()}
+        if frozen is not None:
+            predictors[TORCH] = lambda images: _torch_logits(frozen, images)
+        logits, labels_N = _all_logits(predictors, run)
+
+        files = {
+            name: {
+                "runtime": models[name].runtime,
+                "version": models[name].version,
+                "accuracy": float((logits[name].argmax(1) == labels_N).mean()),
+                "images": len(labels_N),
+            }
+            for name in models
+        }
+        agreement = self._agreement(product, run, logits, frozen)
+        metrics = {
+            "tolerance_lsb": self.tolerance_lsb,
+            "tolerance_float": self.tolerance_float,
+            "images": len(labels_N),
+            "verdict": "PASS" if all(pair["verdict"] == "PASS" for pair in agreement) else "FAIL",
+            "reason": "; ".join(pair["reason"] for pair in agreement if pair["reason"]),
+            "files": files,
+            "agreement": agreement,
+            "notes": sorted({note for model in models.values() for note in model.notes}),
+        }
+        for note in metrics["notes"]:
+            run.progress.note(note)
+        return replace(product, metrics=metrics)
+
+    def _agreement(
+        self, product: Product, run: Run, logits: dict[str, np.ndarray], frozen: Frozen | None
+    ) -> list[dict[str, Any]]:
+        """One entry per pair of files of one kind, and per int8 file and frozen torch."""
+        found = []
+        for a, b in combinations(sorted(logits, key=lambda name: (name != TORCH, name)), 2):
+            kind = "int8" if a == TORCH else Path(a).stem
+            if kind != Path(b).stem:
+                continue
+            if kind != "int8":
+                found.append(compare_floats(a, b, logits[a], logits[b], self.tolerance_float) | {"kind": kind})
+                continue
+            assert frozen is not None
+            pair = compare_steps(a, b, _steps(frozen, logits[a]), _steps(frozen, logits[b]), self.tolerance_lsb)
+            if pair["differing"]:
+                image = _image(run, pair["worst_image"])
+                pair["layers"] = compare_layers(_layers(a, product, frozen, image), _layers(b, product, frozen, image))
+            if pair["verdict"] == "FAIL":
+                first = next(layer for layer in pair["layers"] if layer["differing"])
+                pair["reason"] += f", first at layer {first['layer']} (up to {first['max_lsb']} LSB)"
+            found.append(pair | {"kind": kind})
+        return found
+
+
+def compare_steps(a: str, b: str, steps_a: np.ndarray, steps_b: np.ndarray, tolerance_lsb: int) -> dict[str, Any]:
+    """How far two int8 results are apart: (N, K) whole numbers of the output's grid, one entry for the report."""
+    difference = np.abs(steps_a.astype(np.int64) - steps_b.astype(np.int64))
+    largest = int(difference.max())
+    sizes, counts = np.unique(difference, return_counts=True)
+    passed = largest <= tolerance_lsb
+    return {
+        "a": a,
+        "b": b,
+        "logits": int(difference.size),
+        "differing": int((difference > 0).sum()),
+        "max_lsb": largest,
+        "histogram": {str(size): int(count) for size, count in zip(sizes, counts, strict=True)},
+        "top1_agreement": float((steps_a.argmax(1) == steps_b.argmax(1)).mean()),
+        "worst_image": int(difference.max(1).argmax()),
+        "verdict": "PASS" if passed else "FAIL",
+        "reason": "" if passed else f"{a} and {b} differ by {largest} LSB, allowed {tolerance_lsb}",
+    }
+
+
+def compare_floats(a: str, b: str, logits_a: np.ndarray, logits_b: np.ndarray, tolerance: float) -> dict[str, Any]:
+    """How far two float results (N, K) are apart, relative to the largest logit; one entry for the report."""
+    largest = float(np.abs(logits_a - logits_b).max())
+    relative = largest / max(float(np.abs(logits_a).max()), 1e-12)
+    passed = relative <= tolerance
+    return {
+        "a": a,
+        "b": b,
+        "logits": int(logits_a.size),
+        "max_abs": largest,
+        "max_relative": relative,
+        "top1_agreement": float((logits_a.argmax(1) == logits_b.argmax(1)).mean()),
+        "verdict": "PASS" if passed else "FAIL",
+        "reason": "" if passed else f"{a} and {b} differ by {relative:.2g} of the largest logit, allowed {tolerance:g}",
+    }
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Whole-number results of every quantized tensor for one image, by layer, NCHW, in the order of execution."""
+
+    steps: dict[str, np.ndarray]
+
+
+def compare_layers(a: Layers, b: Layers) -> list[dict[str, Any]]:
+    """Per layer that both have: how many values differ, and by how many steps at most."""
+    found = []
+    for layer in a.steps:
+        if layer in b.steps:
+            difference = np.abs(a.steps[layer].astype(np.int64) - b.steps[layer].astype(np.int64))
+            found.append(
+                {
+                    "layer": layer,
+                    "values": int(difference.size),
+                    "differing": int((difference > 0).sum()),
+                    "max_lsb": int(difference.max()),
+                }
+            )
+    return found
+
+
+def torch_layers(frozen: Frozen, image_CHW: np.ndarray) -> Layers:
+    """Every grid's result in the frozen network."""
+    steps: dict[str, np.ndarray] = {}
+
+    def keep(grid: Grid, _: Any, output: torch.Tensor) -> None:
+        steps[grid.layer] = np.rint(output[0].numpy() / np.float32(grid.scale)).astype(np.int32)
+
+    hooks = [grid.register_forward_hook(keep) for grid in frozen.grids()]
+    try:
+        with torch.no_grad():
+            frozen.module(torch.from_numpy(image_CHW)[None])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Layers(steps)
+
+
+def onnx_layers(path: Path, grids: list[Grid], image_CHW: np.ndarray, workspace: Path) -> Layers:
+    """Every QuantizeLinear's result in ONNX Runtime, from a copy of the file with more outputs."""
+    model = onnx.load(path)
+    for grid in grids:
+        model.graph.output.append(onnx.helper.make_tensor_value_info(grid.layer, onnx.TensorProto.UINT8, None))
+    return _file_layers(model.SerializeToString(), workspace / "layers.onnx", grids, image_CHW)
+
+
+def tflite_layers(path: Path, grids: list[Grid], image_CHW: np.ndarray, workspace: Path) -> Layers:
+    """The same tensors in LiteRT, as far as the file has them; NHWC turned to NCHW."""
+    return _file_layers(
+        with_outputs(path.read_bytes(), [grid.layer for grid in grids]), workspace / "layers.tflite", grids, image_CHW
+    )
+
+
+def _file_layers(content: bytes, path: Path, grids: list[Grid], image_CHW: np.ndarray) -> Layers:
+    path.write_bytes(content)
+    try:
+        model = open_model(path, threads=1)
+        results = model.infer(model.feed(image_CHW))
+    finally:
+        path.unlink()
+    by_name = {spec.name: result[0].astype(np.int32) for spec, result in zip(model.outputs, results, strict=True)}
+    offset = {grid.layer: grid.zero_point - (0 if path.suffix == ".onnx" else 128) for grid in grids}
+    steps = {}
+    for layer in offset:
+        if layer in by_name:
+            values = by_name[layer] - offset[layer]
+            channels_last = path.suffix == ".tflite" and values.ndim == 3
+            steps[layer] = values.transpose(2, 0, 1) if channels_last else values
+    return Layers(steps)
+
+
+def _layers(name: str, product: Product, frozen: Frozen, image_CHW: np.ndarray) -> Layers:
+    if name == TORCH:
+        return torch_layers(frozen, image_CHW)
+    path = product.files[name]
+    read = onnx_layers if path.suffix == ".onnx" else tflite_layers
+    return read(path, frozen.grids(), image_CHW, path.parent)
+
+
+def _frozen(product: Product) -> Frozen | None:
+    if not any(Path(name).stem == "int8" for name in product.files):
+        return None
+    assert isinstance(product.network.module, fx.GraphModule)
+    return freeze(product.network.module)
+
+
+def _steps(frozen: Frozen, logits_NK: np.ndarray) -> np.ndarray:
+    return frozen.steps(torch.from_numpy(logits_NK)).numpy()
+
+
+def _torch_logits(frozen: Frozen, images_NCHW: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        result: np.ndarray = frozen.module(torch.from_numpy(images_NCHW)).numpy()
+    return result
+
+
+def _predictor(model: Model) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda images: model.predict(images)
+
+
+def _all_logits(
+    predictors: dict[str, Callable[[np.ndarray], np.ndarray]], run: Run
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Logits (N, K) of the whole evaluation split, per file, and the labels (N,)."""
+    size, count = 32, run.data.count("evaluation")
+    logits: dict[str, list[np.ndarray]] = {name: [] for name in predictors}
+    labels: list[np.ndarray] = []
+    with run.progress.steps("verify", -(-count // size)) as advance:
+        for batch in run.data.batches("evaluation", batch_size=size):
+            images_NCHW = np.ascontiguousarray(batch.images_NCHW.numpy())
+            for name, predict in predictors.items():
+                logits[name].append(predict(images_NCHW))
+            labels.append(batch.labels_N.numpy())
+            advance(f"{sum(map(len, labels))}/{count} images")
+    return {name: np.concatenate(parts) for name, parts in logits.items()}, np.concatenate(labels)
+
+
+def _image(run: Run, index: int) -> np.ndarray:
+    size = 32
+    for number, batch in enumerate(run.data.batches("evaluation", batch_size=size)):
+        if number == index // size:
+            return np.ascontiguousarray(batch.images_NCHW[index % size].numpy())
+    raise IndexError(index)

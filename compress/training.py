@@ -1,0 +1,203 @@
+"""The only training loop. Training, fine-tuning, distillation and QAT differ in the `loss` they pass."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from compress.errors import ModelError, TrainingError
+from compress.product import Batch, Run
+from compress.settings import Settings
+
+Loss = Callable[[nn.Module, Batch], Tensor]
+"""Runs the (possibly wrapped) module on a batch that lies on its device and returns a scalar to minimise."""
+
+
+class Fit(Settings):
+    """How long and how fast to train."""
+
+    epochs: int = Field(default=10, ge=0)
+    batch_size: int = Field(default=64, ge=1)
+    """Images a step, over all processes."""
+    lr: float = Field(default=0.05, gt=0)
+    """Peak learning rate, reached after the warm-up and followed by a cosine to zero (Loshchilov & Hutter, 2017)."""
+    warmup_epochs: float = Field(default=1.0, ge=0)
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """`sgd` is with Nesterov momentum 0.9."""
+    weight_decay: float = Field(default=1e-4, ge=0)
+    """On weights of convolutions and linear layers only: not on biases, BatchNorm or quantization scales."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """For the labels' cross entropy."""
+    clip_norm: float | None = Field(default=5.0, gt=0)
+    """Largest gradient norm, or null for no clipping."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of the moving average of the weights that becomes the result, or null for the last weights."""
+    augment: bool = True
+    only: tuple[str, ...] = ()
+    """Train only parameters whose name matches one of these patterns (`classifier.*`); the rest, and its BatchNorm, is frozen."""
+
+
+def labels_loss(label_smoothing: float = 0.0) -> Loss:
+    """Cross entropy with the labels."""
+
+    def loss(module: nn.Module, batch: Batch) -> Tensor:
+        return F.cross_entropy(module(batch.images_NCHW), batch.labels_N, label_smoothing=label_smoothing)
+
+    return loss
+
+
+def learning_rate(step: int, *, total: int, warmup: int, peak: float) -> float:
+    """Linear warm-up to `peak` over `warmup` steps, then a half cosine that ends at zero after `total` steps."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def fit(
+    module: nn.Module, *, loss: Loss, run: Run, settings: Fit, label: str
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """A trained copy of `module` (CPU, eval mode) and one entry per epoch: epoch, loss, lr, seconds.
+
+    Runs alone or, where torch.distributed is initialised, as one of `run.world_size` processes that share each batch.
+    Raises TrainingError at the first loss that is not finite, naming `label`, epoch and step.
+    """
+    student = copy.deepcopy(module)
+    if settings.epochs == 0:
+        return student.eval(), []
+    torch.manual_seed(run.seed)
+    trained = _choose_parameters(student, settings.only, label)
+    student.to(run.device, memory_format=torch.channels_last)
+    student.train()
+    if settings.only:
+        _freeze_statistics(student, trained)
+    per_process = max(1, settings.batch_size // run.world_size)
+
+    def epoch_batches(epoch: int) -> Any:
+        return run.data.batches(
+            "train",
+            batch_size=per_process,
+            augment=settings.augment,
+            shuffle=True,
+            seed=run.seed,
+            epoch=epoch,
+            rank=run.rank,
+            world_size=run.world_size,
+        )
+
+    steps = max(1, run.data.count("train") // run.world_size // per_process)
+    total, warmup = steps * settings.epochs, round(steps * settings.warmup_epochs)
+    optimizer = _optimizer(student, settings)
+    average = AveragedModel(student, multi_avg_fn=_ema(settings.ema), use_buffers=True) if settings.ema else None
+    wrapped: nn.Module = student
+    if run.world_size > 1:
+        wrapped = DistributedDataParallel(student, device_ids=[run.device] if run.device.type == "cuda" else None)
+
+    history: list[dict[str, Any]] = []
+    step = 0
+    for epoch in range(settings.epochs):
+        began, losses, lr = time.perf_counter(), 0.0, 0.0
+        with run.progress.steps(f"{label}  epoch {epoch + 1}/{settings.epochs}", steps) as advance:
+            for number, batch in enumerate(epoch_batches(epoch)):
+                lr = learning_rate(step, total=total, warmup=warmup, peak=settings.lr)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                on_device = Batch(
+                    batch.images_NCHW.to(run.device, non_blocking=True),
+                    batch.labels_N.to(run.device, non_blocking=True),
+                )
+                value = loss(wrapped, on_device)
+                if not math.isfinite(value.item()):
+                    raise TrainingError(
+                        f"stage {label}",
+                        f"the loss is {value.item()} at epoch {epoch + 1}, step {number + 1}",
+                        f"try a lower lr (now {settings.lr:g}), a longer warm-up or a smaller clip_norm",
+                    )
+                optimizer.zero_grad(set_to_none=True)
+                value.backward()
+                if settings.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(student.parameters(), settings.clip_norm)
+                optimizer.step()
+                if average is not None:
+                    average.update_parameters(student)
+                losses += value.item()
+                step += 1
+                advance(f"loss {losses / (number + 1):.3f}")
+        history.append(
+            {
+                "epoch": epoch + 1,
+                "loss": _mean_over_processes(losses / (number + 1), run),
+                "lr": lr,
+                "seconds": time.perf_counter() - began,
+            }
+        )
+    result = average.module if average is not None else student
+    return result.to("cpu", memory_format=torch.contiguous_format).requires_grad_(True).eval(), history
+
+
+def _choose_parameters(module: nn.Module, patterns: tuple[str, ...], label: str) -> set[str]:
+    """Freezes what no pattern matches; the names of what is trained."""
+    names = [name for name, _ in module.named_parameters()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ModelError(
+                f"stage {label}",
+                f"`only: {pattern}` matches no parameter",
+                f"the last ones are {', '.join(names[-4:])}",
+            )
+    chosen = {n for n in names if not patterns or any(fnmatchcase(n, pattern) for pattern in patterns)}
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in chosen)
+    return chosen
+
+
+def _freeze_statistics(module: nn.Module, trained: set[str]) -> None:
+    """Puts every BatchNorm without a trained parameter into eval mode, so frozen layers compute what they computed."""
+    for name, child in module.named_modules():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and f"{name}.weight" not in trained:
+            child.eval()
+
+
+def _optimizer(module: nn.Module, settings: Fit) -> torch.optim.Optimizer:
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.lr)
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True)
+
+
+def _ema(decay: float) -> Callable[[Any, Any, Any], None]:
+    """Moving average whose decay grows from 0.1 to `decay`, so that short runs are not held at their first weights."""
+
+    @torch.no_grad()
+    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+        ramped = min(decay, (1 + int(count)) / (10 + int(count)))
+        for mean, value in zip(averaged, current, strict=True):
+            if mean.is_floating_point():
+                mean.lerp_(value.to(mean.dtype), 1 - ramped)
+            else:
+                mean.copy_(value)
+
+    return update
+
+
+def _mean_over_processes(value: float, run: Run) -> float:
+    if run.world_size == 1:
+        return value
+    shared = torch.tensor([value], device=run.device)
+    dist.all_reduce(shared)
+    return float(shared) / run.world_size

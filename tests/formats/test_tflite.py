@@ -1,0 +1,674 @@
+"""The TFLite file against the ONNX it comes from, in the real runtimes: equal grids, equal numbers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from ai_edge_litert import schema_py_generated as schema
+from ai_edge_litert.interpreter import Interpreter
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from compress.errors import ModelError
+from compress.formats.tflite import read_metadata, to_tflite, with_outputs
+from compress.formats.tflite_file import ALIGNMENT, unpack
+
+F32 = np.float32
+
+
+class Net:
+    """A float ONNX graph, grown node by node with random weights."""
+
+    def __init__(self, shape: tuple[int, ...], seed: int = 0) -> None:
+        self.random = np.random.default_rng(seed)
+        self.shape = shape
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+
+    def constant(self, values: np.ndarray) -> str:
+        name = f"constant_{len(self.initializers)}"
+        self.initializers.append(numpy_helper.from_array(values, name))
+        return name
+
+    def weight(self, *shape: int) -> str:
+        return self.constant((self.random.normal(size=shape) / math.sqrt(math.prod(shape[1:]))).astype(F32))
+
+    def op(self, kind: str, *inputs: str, **attributes: object) -> str:
+        output = f"{kind.lower()}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, inputs, [output], name=f"node_{output}", **attributes))
+        return output
+
+    def conv(
+        self,
+        x: str,
+        inputs: int,
+        outputs: int,
+        *,
+        kernel: int | tuple[int, int] = 3,
+        pads: tuple[int, int, int, int] = (1, 1, 1, 1),
+        stride: int = 1,
+        group: int = 1,
+        dilation: int = 1,
+        bias: bool = True,
+    ) -> str:
+        height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
+        parameters = [self.weight(outputs, inputs // group, height, width)]
+        if bias:
+            parameters.append(self.weight(outputs))
+        settings = {"pads": pads, "strides": [stride] * 2, "dilations": [dilation] * 2, "group": group}
+        return self.op("Conv", x, *parameters, kernel_shape=[height, width], **settings)
+
+    def linear(self, x: str, inputs: int, outputs: int) -> str:
+        return self.op("Gemm", x, self.weight(outputs, inputs), self.weight(outputs), transB=1)
+
+    def relu(self, x: str) -> str:
+        return self.op("Relu", x)
+
+    def relu6(self, x: str) -> str:
+        return self.op("Clip", x, self.constant(np.zeros((), F32)), self.constant(np.full((), 6, F32)))
+
+    def ints(self, *values: int) -> str:
+        return self.constant(np.asarray(values, np.int64))
+
+    def model(self, output: str) -> onnx.ModelProto:
+        graph = helper.make_graph(
+            self.nodes,
+            "net",
+            [helper.make_tensor_value_info("images", TensorProto.FLOAT, self.shape)],
+            [helper.make_tensor_value_info(output, TensorProto.FLOAT, None)],
+            self.initializers,
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+        return onnx.shape_inference.infer_shapes(model, strict_mode=True)
+
+    def images(self) -> np.ndarray:
+        return self.random.normal(size=self.shape).astype(F32)
+
+
+KEEPS_GRID = ("MaxPool", "Flatten", "Reshape", "Transpose", "Pad", "Squeeze", "Unsqueeze")
+
+
+def quantized(
+    model: onnx.ModelProto,
+    images: np.ndarray,
+    *,
+    grids: dict[str, tuple[float, int]] | None = None,
+    bare: tuple[str, ...] = (),
+) -> onnx.ModelProto:
+    """The QDQ graph that `compress` exports: uint8 activations, int8 weights per channel, int32 biases.
+
+    Ranges are those that `images` produce; `grids` overrides them by value name; values in `bare` stay in float.
+    """
+    floats = {"images": images, **run_onnx_all(model, images)}
+    initializers = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    outputs = [value.name for value in model.graph.output]
+    readers: dict[str, list[str]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node.op_type)
+    nodes: list[onnx.NodeProto] = []
+    stored: dict[str, onnx.TensorProto] = {}
+    scales: dict[str, tuple[float, int]] = {}
+    renamed: dict[str, str] = {}
+
+    def store(name: str, values: object, kind: type) -> str:
+        stored[name] = numpy_helper.from_array(np.asarray(values, kind), name)
+        return name
+
+    def observe(name: str, keep: str | None = None) -> None:
+        low, high = min(float(floats[name].min()), 0.0), max(float(floats[name].max()), 0.0)
+        scale = max(high - low, 1e-3) / 255
+        scale, zero = scales[keep] if keep else (scale, round(-low / scale))
+        scale, zero = (grids or {}).get(name, (scale, zero))
+        scales[name] = (scale, zero)
+        q_inputs = [store(f"{name}_scale", scale, F32), store(f"{name}_zero", zero, np.uint8)]
+        result = f"{name}_dq"
+        nodes.append(helper.make_node("QuantizeLinear", [name, *q_inputs], [f"{name}_q"]))
+        nodes.append(helper.make_node("DequantizeLinear", [f"{name}_q", *q_inputs], [result]))
+        renamed[name] = result
+
+    def store_weights(node: onnx.NodeProto) -> list[str]:
+        source = node.input[0]
+        weights = initializers[node.input[1]]
+        axes = tuple(range(1, weights.ndim))
+        weight_scales = (np.abs(weights).max(axis=axes) / 127).astype(F32)
+        column = weight_scales.reshape(-1, *[1] * len(axes))
+        names = []
+        integers = {"w": (np.clip(np.round(weights / column), -127, 127), weight_scales, np.int8)}
+        if len(node.input) > 2:
+            bias_scales = (F32(scales[source][0]) * weight_scales).astype(F32)
+            integers["b"] = (np.round(initializers[node.input[2]] / bias_scales), bias_scales, np.int32)
+        for part, (values, part_scales, kind) in integers.items():
+            base = f"{node.output[0]}_{part}"
+            ins = [store(base, values, kind), store(f"{base}_scale", part_scales, F32)]
+            ins.append(store(f"{base}_zero", np.zeros(part_scales.shape), kind))
+            nodes.append(helper.make_node("DequantizeLinear", ins, [f"{base}_dq"], axis=0))
+            names.append(f"{base}_dq")
+        return names
+
+    observe("images")
+    for node in model.graph.node:
+        inputs = [renamed.get(name, name) for name in node.input]
+        if node.op_type in ("Conv", "Gemm"):
+            inputs = inputs[:1] + store_weights(node)
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        del copy.input[:]
+        copy.input.extend(inputs)
+        nodes.append(copy)
+        name = node.output[0]
+        if name not in bare and readers.get(name) not in (["Relu"], ["Clip"]):
+            observe(name, node.input[0] if node.op_type in KEEPS_GRID else None)
+        elif node.op_type in KEEPS_GRID:
+            scales[name] = scales[node.input[0]]
+    used = {name for node in nodes for name in node.input}
+    tensors = [tensor for tensor in model.graph.initializer if tensor.name in used] + list(stored.values())
+    graph = helper.make_graph(
+        nodes,
+        "quantized",
+        model.graph.input,
+        [helper.make_tensor_value_info(renamed.get(name, name), TensorProto.FLOAT, None) for name in outputs],
+        tensors,
+    )
+    result = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    return onnx.shape_inference.infer_shapes(result, strict_mode=True)
+
+
+def run_onnx(model: onnx.ModelProto, images: np.ndarray) -> list[np.ndarray]:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {"images": images})
+
+
+def run_onnx_all(model: onnx.ModelProto, images: np.ndarray, op: str = "") -> dict[str, np.ndarray]:
+    """What every node computes, or every `op`, by name."""
+    names = [node.output[0] for node in model.graph.node if op in ("", node.op_type)]
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    del copy.graph.output[:]
+    copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    return dict(zip(names, run_onnx(onnx.shape_inference.infer_shapes(copy), images), strict=True))
+
+
+def nhwc(values: np.ndarray) -> np.ndarray:
+    return values.transpose(0, 2, 3, 1) if values.ndim == 4 else values
+
+
+def run_tflite(data: bytes, images: np.ndarray) -> list[np.ndarray]:
+    """Outputs as the file stores them; the images are put on the input's grid."""
+    interpreter = Interpreter(model_content=data, num_threads=1)
+    interpreter.allocate_tensors()
+    [entry] = interpreter.get_input_details()
+    values = nhwc(images)
+    if entry["dtype"] == np.int8:
+        scale, zero = entry["quantization"]
+        values = np.clip(np.round(values / F32(scale)) + zero, -128, 127).astype(np.int8)
+    interpreter.set_tensor(entry["index"], np.ascontiguousarray(values))
+    interpreter.invoke()
+    return [interpreter.get_tensor(output["index"]) for output in interpreter.get_output_details()]
+
+
+def lsb_apart(model: onnx.ModelProto, images: np.ndarray) -> np.ndarray:
+    """How many steps of the output's grid the two runtimes differ by, element by element."""
+    data = to_tflite(model, {})
+    [expected] = run_onnx(model, images)
+    [got] = run_tflite(data, images)
+    output = unpack(data).subgraphs[0]
+    quantization = output.tensors[output.outputs[0]].quantization
+    assert got.dtype == np.int8
+    expected_points = np.round(nhwc(expected) / quantization.scale[0]) + quantization.zeroPoint[0]
+    assert got.shape == expected_points.shape
+    assert len(np.unique(got)) > 3 or got.size < 8, "a constant output would prove nothing"
+    return np.abs(got.astype(int) - expected_points.astype(int))
+
+
+def check(net: Net, output: str, **settings: object) -> None:
+    """Float and int8: both runtimes compute the same."""
+    model, images = net.model(output), net.images()
+    [expected], [got] = run_onnx(model, images), run_tflite(to_tflite(model, {}), images)
+    np.testing.assert_allclose(got, nhwc(expected), rtol=1e-4, atol=1e-5)
+    assert lsb_apart(quantized(model, images, **settings), images).max() <= 1
+
+
+def written_ops(data: bytes) -> list[str]:
+    model = unpack(data)
+    names = {code: name for name, code in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
+    codes = [names[code.builtinCode] for code in model.operatorCodes]
+    return [codes[operator.opcodeIndex] for operator in model.subgraphs[0].operators]
+
+
+def ops_of(net: Net, output: str, **settings: object) -> tuple[list[str], list[str]]:
+    """Operators of the float and of the int8 file."""
+    model = net.model(output)
+    return written_ops(to_tflite(model, {})), written_ops(to_tflite(quantized(model, net.images(), **settings), {}))
+
+
+few = settings(max_examples=50, deadline=None, derandomize=True, database=None)
+
+
+# ---- layers with weights -----------------------------------------------------------------------------------
+
+
+@few
+@given(
+    seed=st.integers(0, 999),
+    height=st.integers(6, 13),
+    width=st.integers(6, 13),
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stride=st.integers(1, 2),
+    dilation=st.integers(1, 2),
+    pads=st.tuples(*[st.integers(0, 2)] * 4),
+    kind=st.sampled_from(["plain", "grouped", "depthwise", "multiplied"]),
+    after=st.sampled_from(["", "relu", "relu6"]),
+    bias=st.booleans(),
+)
+def test_convolutions_agree(seed, height, width, kernel, stride, dilation, pads, kind, after, bias):
+    group, outputs = {"plain": (1, 6), "grouped": (2, 6), "depthwise": (4, 4), "multiplied": (4, 8)}[kind]
+    assume(height + pads[0] + pads[2] > (kernel[0] - 1) * dilation)
+    assume(width + pads[1] + pads[3] > (kernel[1] - 1) * dilation)
+    net = Net((1, 4, height, width), seed)
+    settings = {"kernel": kernel, "pads": pads, "stride": stride, "dilation": dilation, "group": group, "bias": bias}
+    x = net.conv("images", 4, outputs, **settings)
+    check(net, getattr(net, after)(x) if after else x)
+
+
+@pytest.mark.parametrize(
+    ("size", "pads", "ops"),
+    [
+        (12, (0, 0, 1, 1), ["CONV_2D"]),  # SAME puts the odd pixel behind
+        (12, (1, 1, 1, 1), ["PAD", "CONV_2D"]),
+        (13, (1, 1, 1, 1), ["CONV_2D"]),
+        (12, (0, 0, 0, 0), ["CONV_2D"]),
+    ],
+)
+@pytest.mark.parametrize("group", [1, 3])
+def test_stride_2_pads_with_same_only_where_same_is_meant(size, pads, ops, group):
+    net = Net((2, 3, size, size))
+    output = net.conv("images", 3, 3, pads=pads, stride=2, group=group)
+    expected = [op.replace("CONV", "DEPTHWISE_CONV") if group > 1 else op for op in ops]
+    assert ops_of(net, output) == (expected, expected)
+    check(net, output)
+
+
+@pytest.mark.parametrize("bare_pad", [True, False])
+def test_a_pad_of_zeros_disappears_into_the_convolution(bare_pad):
+    net = Net((1, 3, 12, 12))
+    padded = net.op("Pad", "images", net.ints(0, 0, 0, 0, 0, 0, 1, 1))
+    output = net.conv(padded, 3, 4, pads=(0, 0, 0, 0), stride=2)
+    bare = (padded,) if bare_pad else ()
+    assert ops_of(net, output, bare=bare) == (["CONV_2D"], ["CONV_2D"])
+    check(net, output, bare=bare)
+
+
+def test_a_pad_that_others_read_too_is_written():
+    net = Net((1, 3, 6, 6))
+    padded = net.op("Pad", "images", net.ints(0, 0, 1, 1, 0, 0, 1, 1))
+    output = net.op("Add", padded, net.conv(padded, 3, 3))
+    check(net, output)
+
+
+@few
+@given(seed=st.integers(0, 999), inputs=st.integers(1, 40), outputs=st.integers(4, 12), transposed=st.booleans())
+def test_fully_connected_agrees(seed, inputs, outputs, transposed):
+    net = Net((3, inputs), seed)
+    if transposed:
+        output = net.linear("images", inputs, outputs)
+    else:
+        output = net.op("Gemm", "images", net.weight(inputs, outputs), net.weight(outputs))
+    check_float_and_int8 = check if transposed else check_float
+    check_float_and_int8(net, output)
+
+
+def check_float(net: Net, output: str) -> None:
+    model, images = net.model(output), net.images()
+    [expected], [got] = run_onnx(model, images), run_tflite(to_tflite(model, {}), images)
+    np.testing.assert_allclose(got, nhwc(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", ["product + bias", "bias + product", "no bias"])
+def test_matmul_and_add_become_one_layer(order):
+    net = Net((2, 7))
+    product, bias = net.op("MatMul", "images", net.weight(7, 5)), net.weight(5)
+    pair = {"product + bias": [product, bias], "bias + product": [bias, product]}
+    output = net.relu(net.op("Add", *pair[order]) if order in pair else product)
+    assert written_ops(to_tflite(net.model(output), {})) == ["FULLY_CONNECTED"]
+    check_float(net, output)
+
+
+# ---- the other operators -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["Add", "Sub", "Mul", "Div"])
+@pytest.mark.parametrize("second", ["value", "per channel", "constant", "scalar"])
+@pytest.mark.parametrize("after", ["", "relu", "relu6"])
+def test_element_by_element(kind, second, after):
+    net = Net((2, 4, 5, 6))
+    first = net.conv("images", 4, 4)
+    other = {
+        "value": lambda: net.op("Sigmoid", net.conv("images", 4, 4)),
+        "per channel": lambda: net.op("Sigmoid", net.op("GlobalAveragePool", "images")),
+        "constant": lambda: net.constant(np.asarray([0.5, 1, 2, 3], F32).reshape(4, 1, 1)),
+        "scalar": lambda: net.constant(np.full((), 1.5, F32)),
+    }[second]()
+    if kind == "Div" and "constant" not in other:  # keep away from division by small numbers
+        other = net.op("Add", other, net.constant(np.full((), 1, F32)))
+    x = net.op(kind, first, other)
+    check(net, getattr(net, after)(x) if after else x)
+
+
+def test_a_stored_constant_operand_keeps_the_sum_in_int8():
+    net = Net((1, 4, 5, 5))
+    model, images = net.model(net.op("Add", "images", net.weight(4, 1, 1))), net.images()
+    qdq = quantized(model, images)
+    [add] = [node for node in qdq.graph.node if node.op_type == "Add"]
+    [constant] = [tensor for tensor in qdq.graph.initializer if tensor.name == add.input[1]]
+    integers = np.asarray([3, 90, 180, 255], np.uint8).reshape(4, 1, 1)
+    stored = {"c": integers, "c_scale": np.asarray(0.01, F32), "c_zero": np.asarray(100, np.uint8)}
+    qdq.graph.initializer.remove(constant)
+    qdq.graph.initializer.extend(numpy_helper.from_array(values, name) for name, values in stored.items())
+    qdq.graph.node.insert(0, helper.make_node("DequantizeLinear", list(stored), [add.input[1]]))
+    assert written_ops(to_tflite(qdq, {})) == ["ADD"]
+    assert lsb_apart(qdq, images).max() <= 1
+
+
+@few
+@given(
+    seed=st.integers(0, 999),
+    size=st.integers(5, 10),
+    kernel=st.integers(2, 3),
+    stride=st.integers(1, 3),
+    pad=st.integers(0, 1),
+    ceil_mode=st.integers(0, 1),
+    relu=st.booleans(),
+)
+def test_max_pool_agrees(seed, size, kernel, stride, pad, ceil_mode, relu):
+    net = Net((1, 4, size, size + 1), seed)
+    x = net.conv("images", 4, 4)
+    settings = {"kernel_shape": [kernel] * 2, "strides": [stride] * 2, "pads": [pad] * 4, "ceil_mode": ceil_mode}
+    last_windows = [math.ceil((n + 2 * pad - kernel) / stride) * stride for n in (size, size + 1)]
+    assume(not ceil_mode or (last_windows[0] < size + pad and last_windows[1] < size + 1 + pad))
+    check(net, net.op("MaxPool", net.relu(x) if relu else x, **settings))
+
+
+@few
+@given(
+    seed=st.integers(0, 999),
+    size=st.integers(5, 10),
+    kernel=st.integers(2, 3),
+    stride=st.integers(1, 2),
+    pad=st.integers(0, 1),
+)
+def test_average_pool_agrees(seed, size, kernel, stride, pad):
+    net = Net((1, 4, size, size + 1), seed)
+    settings = {"kernel_shape": [kernel] * 2, "strides": [stride] * 2, "pads": [pad] * 4, "count_include_pad": 1}
+    check(net, net.op("AveragePool", "images", **settings))
+
+
+def test_average_pool_that_leaves_its_pads_uncounted():
+    net = Net((1, 4, 7, 7))
+    output = net.op("AveragePool", "images", kernel_shape=[3, 3], strides=[1, 1], pads=[1] * 4)
+    assert ops_of(net, output)[1] == ["DEQUANTIZE", "AVERAGE_POOL_2D", "QUANTIZE"]
+    check(net, output)
+
+
+@pytest.mark.parametrize("keepdims", [0, 1])
+@pytest.mark.parametrize("kind", ["GlobalAveragePool", "ReduceMean", "AveragePool"])
+def test_pooling_over_the_image_is_a_mean_between_two_grids(kind, keepdims):
+    net = Net((2, 4, 5, 7))
+    x = net.conv("images", 4, 6)
+    if kind == "ReduceMean":
+        output = net.op(kind, x, net.ints(-2, -1), keepdims=keepdims)
+    else:
+        output = net.op(kind, x, **({"kernel_shape": [5, 7]} if kind == "AveragePool" else {}))
+    assert ops_of(net, output) == (["CONV_2D", "MEAN"], ["CONV_2D", "MEAN"])
+    check(net, output)
+
+
+@pytest.mark.parametrize(
+    ("kind", "attributes"),
+    [("HardSwish", {}), ("HardSigmoid", {"alpha": 1 / 6, "beta": 0.5}), ("Sigmoid", {}), ("Relu", {})],
+)
+def test_what_has_no_good_int8_kernel_is_a_float_island(kind, attributes):
+    net = Net((1, 4, 5, 5))
+    output = net.op(kind, net.op("MaxPool", "images", kernel_shape=[2, 2]), **attributes)
+    written = ops_of(net, output)[1]
+    assert written[1] == "DEQUANTIZE"
+    assert written[-1] == "QUANTIZE"
+    check(net, output)
+
+
+def test_sigmoid_runs_in_int8_on_the_grid_of_its_kernel():
+    net = Net((1, 4, 5, 5))
+    output = net.op("Sigmoid", "images")
+    assert ops_of(net, output, grids={output: (1 / 256, 0)})[1] == ["LOGISTIC"]
+    check(net, output, grids={output: (1 / 256, 0)})
+
+
+@pytest.mark.parametrize("shape", [(2, 10), (2, 4, 3, 3)])
+def test_softmax_over_the_channels(shape):
+    net = Net(shape)
+    output = net.op("Softmax", "images", axis=1)
+    # Of grids finer than 1/256 onnxruntime 1.31's QLinearSoftmax makes nonsense (values wrap around to 0).
+    check(net, output, grids={output: (1 / 256, 0)})
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda net: net.op("Transpose", "images", perm=[0, 2, 1, 3]),
+        lambda net: net.op("Transpose", net.op("Flatten", "images"), perm=[1, 0]),
+        lambda net: net.op("Reshape", "images", net.ints(2, 3, 8, 5)),
+        lambda net: net.op("Reshape", "images", net.ints(2, 4, -1)),
+        lambda net: net.op("Squeeze", net.op("GlobalAveragePool", "images"), net.ints(2, 3)),
+        lambda net: net.op("Unsqueeze", net.op("Flatten", "images"), net.ints(2, 3)),
+        lambda net: net.op("Pad", "images", net.ints(0, 1, 2, 0, 0, 0, 1, 3)),
+        lambda net: net.op("Pad", "images", net.ints(1, 2), "", net.ints(3)),
+        lambda net: net.op("Identity", net.op("Dropout", net.op("Flatten", "images"))),
+    ],
+)
+def test_moving_numbers_keeps_them(build):
+    net = Net((2, 4, 6, 5))
+    output = build(net)
+    model, images = net.model(output), net.images()
+    [expected], [got] = run_onnx(model, images), run_tflite(to_tflite(model, {}), images)
+    np.testing.assert_allclose(got, nhwc(expected), rtol=1e-6, atol=1e-7)
+    if "identity" not in output:
+        assert lsb_apart(quantized(model, images), images).max() <= 1
+
+
+@pytest.mark.parametrize("axis", [1, 2, -1])
+def test_concat_brings_its_inputs_onto_one_grid(axis):
+    net = Net((2, 4, 6, 6))
+    x, y = net.conv("images", 4, 4), net.op("Mul", "images", "images")
+    output = net.op("Concat", x, y, axis=axis)
+    check(net, output)
+    one = (0.05, 100)
+    assert ops_of(net, output, grids={x: one, y: one, output: one})[1] == ["CONV_2D", "MUL", "CONCATENATION"]
+
+
+# ---- networks ----------------------------------------------------------------------------------------------
+
+
+def inverted_residual(net: Net, x: str, channels: int) -> str:
+    y = net.relu6(net.conv(x, channels, 3 * channels, kernel=1, pads=(0, 0, 0, 0)))
+    y = net.relu6(net.conv(y, 3 * channels, 3 * channels, group=3 * channels))
+    return net.op("Add", x, net.conv(y, 3 * channels, channels, kernel=1, pads=(0, 0, 0, 0)))
+
+
+def mobilenet(seed: int = 0) -> tuple[Net, str]:
+    net = Net((1, 3, 16, 16), seed)
+    x = net.relu6(net.conv("images", 3, 8, stride=2))
+    x = net.conv(net.relu6(net.conv(x, 8, 8, group=8, stride=2)), 8, 8, kernel=1, pads=(0, 0, 0, 0))
+    x = inverted_residual(net, inverted_residual(net, x, 8), 8)
+    return net, net.linear(net.op("Flatten", net.op("GlobalAveragePool", x)), 8, 10)
+
+
+def resnet(seed: int = 0) -> tuple[Net, str]:
+    net = Net((1, 3, 16, 16), seed)
+    x = net.relu(net.conv("images", 3, 8, kernel=7, pads=(3, 3, 3, 3), stride=2))
+    x = net.op("MaxPool", x, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
+    y = net.conv(net.relu(net.conv(x, 8, 8)), 8, 8)
+    x = net.relu(net.op("Add", x, y))
+    x = net.op("AveragePool", x, kernel_shape=[2, 2], strides=[2, 2])
+    return net, net.linear(net.op("Flatten", x), 32, 10)
+
+
+def dense(seed: int = 0) -> tuple[Net, str]:
+    net = Net((1, 3, 12, 12), seed)
+    x = net.conv("images", 3, 6)
+    x = net.op("Concat", x, net.relu(net.conv(x, 6, 4)), axis=1)
+    x = net.op("Concat", x, net.conv(x, 10, 4), axis=1)
+    return net, net.linear(net.op("ReduceMean", x, net.ints(2, 3), keepdims=0), 14, 10)
+
+
+NETWORKS = [mobilenet, resnet, dense]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_networks_agree(network, seed):
+    check(*network(seed))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_every_layer_can_be_compared_by_name(network):
+    net, output = network()
+    images = net.images()
+    model = quantized(net.model(output), images)
+    data = to_tflite(model, {"name": "demo"})
+    in_file = {tensor.name.decode() for tensor in unpack(data).subgraphs[0].tensors}
+    expected = {
+        name: values for name, values in run_onnx_all(model, images, "QuantizeLinear").items() if name in in_file
+    }
+    assert len(expected) >= 8
+    layered = with_outputs(data, list(expected))
+    assert read_metadata(layered) == {"name": "demo"}
+    np.testing.assert_array_equal(run_tflite(layered, images)[0], run_tflite(data, images)[0])
+    graph = unpack(layered).subgraphs[0]
+    names = [graph.tensors[index].name.decode() for index in graph.outputs]
+    for name, got in zip(names, run_tflite(layered, images), strict=True):
+        assert np.abs(nhwc(expected[name]).astype(int) - 128 - got).max() <= 1, name
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_grids_weights_and_biases_are_those_of_the_onnx_bit_for_bit(network):
+    net, output = network()
+    model = quantized(net.model(output), net.images())
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    file = unpack(to_tflite(model, {}))
+    tensors = {tensor.name.decode(): tensor for tensor in file.subgraphs[0].tensors}
+    checked = {"QuantizeLinear": 0, "DequantizeLinear": 0}
+    for node in model.graph.node:
+        if node.op_type == "QuantizeLinear" and node.output[0] in tensors:
+            quantization = tensors[node.output[0]].quantization
+            assert quantization.scale.tobytes() == stored[node.input[1]].tobytes()
+            assert quantization.zeroPoint[0] == int(stored[node.input[2]]) - 128
+            checked[node.op_type] += 1
+        elif node.op_type == "DequantizeLinear" and node.input[0] in stored:
+            tensor, values = tensors[node.input[0]], stored[node.input[0]]
+            content = file.buffers[tensor.buffer].data.view(values.dtype).reshape(tensor.shape)
+            assert tensor.quantization.scale.tobytes() == stored[node.input[1]].tobytes()
+            if values.ndim == 4 and tensor.quantization.quantizedDimension == 3:
+                content = content.transpose(3, 0, 1, 2)
+            elif values.ndim == 4:
+                content = content.transpose(0, 3, 1, 2)
+            np.testing.assert_array_equal(content, values)
+            checked[node.op_type] += 1
+    assert min(checked.values()) >= 6
+
+
+def test_input_and_output_of_an_int8_file_are_int8():
+    net, output = mobilenet()
+    data = to_tflite(quantized(net.model(output), net.images()), {})
+    assert not {"QUANTIZE", "DEQUANTIZE"} & set(written_ops(data))
+    interpreter = Interpreter(model_content=data)
+    [entry], [result] = interpreter.get_input_details(), interpreter.get_output_details()
+    assert (entry["name"], entry["dtype"], list(entry["shape"])) == ("images_q", np.int8, [1, 16, 16, 3])
+    assert (result["name"], result["dtype"], list(result["shape"])) == (f"{output}_q", np.int8, [1, 10])
+
+
+# ---- the file ----------------------------------------------------------------------------------------------
+
+
+def test_metadata_comes_back():
+    net = Net((1, 3, 4, 4))
+    metadata = {"labels": '["näyttö", "猫"]', "recipe": "", "preprocess": "{}" * 5000}
+    data = to_tflite(net.model(net.conv("images", 3, 4)), metadata)
+    assert read_metadata(data) == metadata
+    run_tflite(data, net.images())
+
+
+def test_buffers_are_aligned():
+    net, output = mobilenet()
+    data = to_tflite(quantized(net.model(output), net.images()), {"key": "odd"})
+    model = schema.Model.GetRootAs(data, 0)
+    start = np.frombuffer(data, np.uint8).ctypes.data
+    offsets = [
+        model.Buffers(i).DataAsNumpy().ctypes.data - start
+        for i in range(model.BuffersLength())
+        if not model.Buffers(i).DataIsNone()
+    ]
+    assert len(offsets) > 20
+    assert {offset % ALIGNMENT for offset in offsets} == {0}
+
+
+def test_the_same_onnx_gives_the_same_bytes():
+    net, output = mobilenet()
+    model = net.model(output)
+    assert to_tflite(model, {"a": "b"}) == to_tflite(model, {"a": "b"})
+
+
+def test_with_outputs_refuses_an_unknown_name():
+    net = Net((1, 3, 4, 4))
+    data = to_tflite(net.model(net.conv("images", 3, 4)), {})
+    with pytest.raises(ModelError, match="no_such: the TFLite file has no tensor of this name"):
+        with_outputs(data, ["no_such"])
+
+
+# ---- refusals ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda net: net.op("Erf", "images"), "operator Erf has no TFLite counterpart here"),
+        (lambda net: net.op("Softmax", "images", axis=2), "operator Softmax along another axis"),
+        (
+            lambda net: net.op("Clip", "images", *[net.constant(np.full((), v, F32)) for v in (-2, 2)]),
+            "operator Clip with other bounds than 0 and 6 .*; use ReLU or ReLU6",
+        ),
+        (lambda net: net.op("AveragePool", "images", kernel_shape=[2, 2], pads=[1] * 4), "pads that it does not count"),
+        (lambda net: net.op("MaxPool", "images", kernel_shape=[2, 2], dilations=[2, 2]), "MaxPool with dilation"),
+        (
+            lambda net: net.op("MaxPool", "images", kernel_shape=[2, 2], strides=[3, 3], pads=[1] * 4, ceil_mode=1),
+            "a last window that sees padding only",
+        ),
+        (lambda net: net.op("MatMul", "images", "images"), "operator MatMul with computed weights"),
+        (lambda net: net.op("Conv", "images", net.op("Identity", "images")), "operator Conv with computed weights"),
+        (lambda net: net.op("Gemm", net.op("Flatten", "images"), net.weight(64, 2), alpha=2.0), "alpha or beta"),
+        (lambda net: net.op("Pad", "images", net.ints(*[1] * 8), mode="reflect"), "Pad with other than zeros"),
+        (lambda net: net.op("HardSigmoid", "images"), "HardSigmoid with other than alpha 1/6"),
+        (lambda net: net.op("ReduceMean", "images", net.ints(2), keepdims=0), "without keepdims"),
+        (lambda net: net.op("Add", "images", net.op("Squeeze", "images", net.ints(0))), "different rank"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_by_name(build, words):
+    net = Net((1, 4, 4, 4))
+    output = build(net)
+    with pytest.raises(ModelError, match=words) as caught:
+        to_tflite(net.model(output), {})
+    assert caught.value.place == f"node_{output}"
+
+
+def test_a_dynamic_batch_is_refused():
+    net = Net(("batch", 3, 4, 4))
+    model = net.model(net.conv("images", 3, 4))
+    with pytest.raises(ModelError, match="images: the input's shape is not fixed; export with a fixed batch"):
+        to_tflite(model, {})

@@ -1,0 +1,688 @@
+"""Every mistake of a recipe at once, with its line; what is right loads, and loads again from its own dump."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jsonschema
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import Field, ValidationError, model_validator
+
+from compress import recipe as recipes
+from compress.errors import RecipeError
+from compress.recipe.explain import explain
+from compress.settings import Settings
+
+GOOD = """\
+name: demo
+seed: 3
+model:
+  use: mobilenet_v2
+  width: 0.5
+data: {use: digits}
+preprocess:
+  size: 32
+  mean: [0.5, 0.5, 0.5]
+target: local
+stages:
+  - use: train
+    epochs: 2
+  - use: prune
+    goal: {macs: 0.4}
+    criterion: {use: magnitude}
+  - use: distill
+    losses:
+      - use: kd
+        temperature: 2
+  - use: quantize
+  - use: export
+  - use: verify
+  - use: benchmark
+"""
+STAGES = "train, prune, distill, quantize, export, verify, benchmark"
+KEYS = "name, seed, model, data, preprocess, target, stages"
+
+Write = Callable[[str | bytes], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """Writes demo.yaml where its path is just this name."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(text: str | bytes) -> Path:
+        path = Path("demo.yaml")
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+def mistakes(path: Path, overrides: Sequence[str] = ()) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        recipes.load(path, overrides)
+    assert str(caught.value) == "\n".join(caught.value.lines)
+    return caught.value.lines
+
+
+def changed(*changes: tuple[str, str]) -> str:
+    text = GOOD
+    for old, new in changes:
+        assert text.count(old) == 1, f"{old!r} is there {text.count(old)} times"
+        text = text.replace(old, new)
+    return text
+
+
+def test_a_recipe_loads_with_its_defaults(write: Write) -> None:
+    recipe = recipes.load(write(GOOD))
+    assert recipe.name == "demo"
+    assert recipe.preprocess.mean == (0.5, 0.5, 0.5)
+    assert recipe.preprocess.crop == 0.875
+    assert [stage.use for stage in recipe.stages] == STAGES.split(", ")
+    assert recipes.load(write("\ufeff" + GOOD)) == recipe
+    assert recipes.load(write(GOOD.replace("\n", "\r\n"))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            ("temperature: 2", "temprature: 2"),
+            "20: stages.2.losses.0.temprature: unknown field; did you mean 'temperature'? kd takes temperature, weight",
+        ),
+        (("temperature: 2", "zzz: 2"), "20: stages.2.losses.0.zzz: unknown field; kd takes temperature, weight"),
+        (("seed: 3", "sed: 3"), f"2: sed: unknown field; did you mean 'seed'? a recipe takes {KEYS}"),
+        (
+            ("  - use: prune", "  - use: prun"),
+            f"14: stages.1.use: no stage 'prun'; did you mean 'prune'? known: {STAGES}",
+        ),
+        (("use: digits", "use: digit"), "6: data.use: no data 'digit'; did you mean 'digits'? known: digits, folder"),
+        (("use: digits", "use: 7"), "6: data.use: no data 7; known: digits, folder"),
+        (("{use: digits}", "digits"), "6: data: must be a mapping such as `use: digits`, not 'digits'"),
+        (("{use: digits}", "{}"), "6: data: no `use` that says which data; known: digits, folder"),
+        (("data: {use: digits}\n", ""), "1: data: missing; a recipe needs it"),
+        (
+            ("use: mobilenet_v2", "use: mobilnet_v2"),
+            "4: model.use: no model 'mobilnet_v2'; did you mean 'mobilenet_v2'? `use` must be mobilenet_v2, or "
+            "package.module:factory for a network of your own",
+        ),
+        (("    goal: {macs: 0.4}\n", ""), "14: stages.1.goal: missing; prune needs it"),
+        (("macs: 0.4", "macs: 40"), "15: stages.1.goal.macs: must be below 1, not 40"),
+        (("macs: 0.4", "macs: 0"), "15: stages.1.goal.macs: must be above 0, not 0"),
+        (("macs: 0.4", "macs: '0.4'"), "15: stages.1.goal.macs: must be a number, not '0.4'; take the quotes away"),
+        (("macs: 0.4", "macs: 40%"), "15: stages.1.goal.macs: must be a number, not '40%'"),
+        (("macs: 0.4", "macs:"), "15: stages.1.goal.macs: must be a number, not null"),
+        (("macs: 0.4", "macs: .inf"), "15: stages.1.goal.macs: '.inf' is no number to calculate with"),
+        (("macs: 0.4", "macs: 1e999"), "15: stages.1.goal.macs: '1e999' is no number to calculate with"),
+        (("goal: {macs: 0.4}", "goal: 0.4"), "15: stages.1.goal: must be a mapping, not 0.4"),
+        (("epochs: 2", "epochs: 2.0"), "13: stages.0.epochs: must be a whole number, not 2.0"),
+        (("epochs: 2", "epochs: true"), "13: stages.0.epochs: must be a whole number, not true"),
+        (("epochs: 2", "augment: yes"), "13: stages.0.augment: must be true or false, not 'yes'"),
+        (("epochs: 2", "only: classifier.*"), "13: stages.0.only: must be a list, not 'classifier.*'"),
+        (
+            ("epochs: 2", "optimizer: sdg"),
+            "13: stages.0.optimizer: must be 'sgd' or 'adamw', not 'sdg'; did you mean 'sgd'?",
+        ),
+        (
+            ("criterion: {use: magnitude}", "criterion: magnitude"),
+            "16: stages.1.criterion: must be a mapping such as `use: magnitude`, not 'magnitude'",
+        ),
+        (
+            ("losses:\n      - use: kd\n        temperature: 2", "losses: []"),
+            "18: stages.2.losses: must have at least 1 item, not 0",
+        ),
+        (("[0.5, 0.5, 0.5]", "[0.5]"), "9: preprocess.mean: must have 3 items, not 1"),
+        (("[0.5, 0.5, 0.5]", "[1, 1, 1, 1]"), "9: preprocess.mean: must have at most 3 items, not 4"),
+        (("[0.5, 0.5, 0.5]", "[1, a, 1]"), "9: preprocess.mean.1: must be a number, not 'a'"),
+        (("[0.5, 0.5, 0.5]", "0.5"), "9: preprocess.mean: must be a list, not 0.5"),
+        (
+            ("size: 32", "size: 99999999999999999999"),
+            "8: preprocess.size: '99999999999999999999' is too large a number",
+        ),
+        (("seed: 3", "seed: -1"), "2: seed: must be at least 0, not -1"),
+        (("seed: 3", "seed: 4294967296"), "2: seed: must be below 4294967296, not 4294967296"),
+        (
+            ("name: demo", "name: My Demo"),
+            "1: name: 'My Demo' does not fit ^[a-z0-9][a-z0-9._-]*$ (Lower-case letters, digits, `.`, `_` and `-`; results "
+            "go to `runs/<name>/`)",
+        ),
+        (("name: demo", "name: " + "x" * 65), "1: name: must have at most 64 characters, not 65"),
+        (
+            ("name: demo", "name: 2026-11-21"),
+            "1: name: 2026-11-21 is a date in YAML; put it in quotes if text is meant",
+        ),
+        (("name: demo", 'name: "\\ud800"'), "1: name: '\\ud800' holds half a surrogate pair, which is no character"),
+        (("target: local", "target: locl"), "10: target: must be 'local', not 'locl'; did you mean 'local'?"),
+        (("seed: 3", "seed: 3\nseed: 4"), "3: seed: given twice, first on line 2"),
+        (("seed: 3", "seed: !!int x"), "2: seed: 'x' cannot be read as int"),
+        (
+            ("seed: 3", "seed: " + "1" * 5000),
+            "2: seed: '111111111111111111111111111111111111111…' cannot be read as int",
+        ),
+        (("seed: 3", "1: 2"), "2: 1: a key is text; put it in quotes"),
+        (("seed: 3", "? [a]\n: 2"), "2: ?: a key is text, not a list or a mapping"),
+        (("seed: 3", "<<: {seed: 3}"), "2: <<: YAML 1.2 has no merge key; write the fields out"),
+        (
+            ("{use: digits}", "!!python/object/apply:os.system [ls]"),
+            "6: data: the tag !!python/object/apply:os.system has no place in a recipe",
+        ),
+        (
+            ("criterion: {use: magnitude}", "epochs: 2"),
+            "16: stages.1.epochs: unknown field; did you mean 'finetune.epochs'? prune takes ",
+        ),
+        (
+            ("criterion: {use: magnitude}", "distill: {}"),
+            "14: stages.1: `distill` teaches while `finetune` trains: give both, or let a stage `distill` follow",
+        ),
+        (
+            ("criterion: {use: magnitude}", "layer_ratios: {'re:(': 0.5}"),
+            "16: stages.1.layer_ratios.re:(: not a regular expression: ",
+        ),
+        (
+            ("criterion: {use: magnitude}", "layer_ratios: {features.3.*: 2}"),
+            "16: stages.1.layer_ratios.features.3.*: must be below 1, not 2",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(write: Write, change: tuple[str, str], expected: str) -> None:
+    (line,) = mistakes(write(changed(change)))
+    # An expectation that ends in a space leaves out what other files may change: a list of fields, Python's own words.
+    assert line == f"demo.yaml:{expected}" or (expected.endswith(" ") and line.startswith(f"demo.yaml:{expected}"))
+
+
+def test_all_mistakes_are_reported_at_once_in_the_order_of_the_file(write: Write) -> None:
+    text = changed(
+        ("name: demo", "nam: demo"),
+        ("seed: 3", "seed: x\nseed: 4"),
+        ("use: digits", "use: nowhere"),
+        ("epochs: 2", "epochs: -1"),
+        ("macs: 0.4", "mac: 0.4"),
+        ("temperature: 2", "temprature: 2"),
+        ("  - use: export\n", ""),
+    )
+    assert mistakes(write(text)) == [
+        "demo.yaml:1: name: missing; a recipe needs it",
+        f"demo.yaml:1: nam: unknown field; did you mean 'name'? a recipe takes {KEYS}",
+        "demo.yaml:2: seed: must be a whole number, not 'x'",
+        "demo.yaml:3: seed: given twice, first on line 2",
+        "demo.yaml:7: data.use: no data 'nowhere'; known: digits, folder",
+        "demo.yaml:14: stages.0.epochs: must be at least 0, not -1",
+        "demo.yaml:16: stages.1.goal.macs: missing; goal needs it",
+        "demo.yaml:16: stages.1.goal.mac: unknown field; did you mean 'macs'? goal takes macs",
+        "demo.yaml:21: stages.2.losses.0.temprature: unknown field; did you mean 'temperature'? kd takes temperature, weight",
+        "demo.yaml:23: stages.4: verify works on exported files; put an `export` before it",
+        "demo.yaml:24: stages.5: benchmark works on exported files; put an `export` before it",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", f":1: a recipe is a mapping with {KEYS}; this file is empty"),
+        ("# nothing\n", f":1: a recipe is a mapping with {KEYS}; this file is empty"),
+        ("- a", f":1: a recipe is a mapping with {KEYS}; this file is a list"),
+        ("train", f":1: a recipe is a mapping with {KEYS}; this file is 'train'"),
+        ("2026-11-21", ":1: 2026-11-21 is a date in YAML; put it in quotes if text is meant"),
+        ("a:\n\tb: 1", ":2: not YAML: a tab where YAML wants spaces"),
+        (
+            "a: b: c",
+            ":1: not YAML: a second `: ` in this line, or wrong indentation; text that holds `: ` needs quotes",
+        ),
+        (
+            "a: [1,\n2",
+            ":2: not YAML: expected ',' or ']', but got '<stream end>' while parsing a flow sequence that begins on line 1",
+        ),
+        ("a: 'x", ":1: not YAML: found unexpected end of stream while scanning a quoted scalar"),
+        ("a: 1\n---\nb: 1", ":2: not YAML: a second document begins here; a recipe is one"),
+        ("a: *b", ":1: not YAML: found undefined alias 'b'"),
+        ("a: 1\nb: \x07", ":2: not YAML: the character U+0007 is not allowed"),
+        (b"a: 1\nb: \xff", ":2: not UTF-8 (byte 0xff); save it as UTF-8"),
+        ("[" * 5000, ":1: nested more than 40 deep; no recipe is"),
+        ("a: &a [*a]", ":1: nested more than 40 deep; no recipe is"),
+        ("a" * 300_000, ": larger than 256 KiB, which no recipe is"),
+    ],
+)
+def test_a_file_without_values_is_one_line(write: Write, text: str | bytes, expected: str) -> None:
+    assert mistakes(write(text)) == [f"demo.yaml{expected}"]
+
+
+def test_files_that_cannot_be_read(write: Write) -> None:
+    path = write(GOOD)
+    assert mistakes(path.with_name("dmo.yaml")) == ["dmo.yaml: no such file; did you mean 'demo.yaml'?"]
+    assert mistakes(Path("x/y/z.yaml")) == ["x/y/z.yaml: no such file"]
+    assert mistakes(Path(".")) == [".: cannot be read: Is a directory"]
+
+
+def test_aliases_are_followed_but_not_without_end(write: Write) -> None:
+    shared = changed(
+        ("use: train\n    epochs: 2", "use: train\n    only: &some [features.*]"), ("goal:", "keep: *some\n    goal:")
+    )
+    assert recipes.load(write(shared)).stages[1].keep == ("features.*",)
+    laughs = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n"
+        for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+    )
+    assert mistakes(write(laughs)) == ["demo.yaml:1: more than 10000 values, aliases followed; no recipe is that long"]
+    anchors = changed(("seed: 3", "seed: &x 3"), ("size: 32", "size: &x 32"), ("epochs: 2", "epochs: *x"))
+    assert recipes.load(write(anchors)).stages[0].epochs == 32
+
+
+# Overrides
+
+
+def test_overrides_change_the_file(write: Write) -> None:
+    path = write(GOOD.replace("preprocess:\n  size: 32\n  mean: [0.5, 0.5, 0.5]\n", ""))
+    changes = [
+        "seed=5",
+        "stages.1.goal.macs=0.25",
+        "stages.train.epochs=1",
+        "preprocess.size=64",
+        "model={use: 'my.net:small', args: {depth: 3}}",
+        "model.args.width=1e-3",
+        "stages.distill.losses.kd.weight=1",
+        "name= other ",
+    ]
+    recipe = recipes.load(path, changes)
+    assert (recipe.seed, recipe.name, recipe.preprocess.size) == (5, "other", 64)
+    assert recipe.stages[0].epochs == 1
+    assert recipe.stages[1].goal.macs == 0.25
+    assert recipe.stages[2].losses[0].weight == 1.0
+    assert recipe.model.args == {"depth": 3, "width": 0.001}
+
+
+def test_an_override_mends_what_the_file_had_wrong(write: Write) -> None:
+    text = changed(("seed: 3", "seed: 2026-11-21"), ("epochs: 2", "epochs: many"), ("macs: 0.4", "mac: 0.4"))
+    assert recipes.load(write(text), ["seed=1", "stages.0.epochs=1", "stages.prune.goal={macs: 0.5}"]).seed == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("seed=x", "seed: must be a whole number, not 'x'"),
+        ("seed=", "seed: must be a whole number, not null"),
+        ("sed=1", f"sed: unknown field; did you mean 'seed'? a recipe takes {KEYS}"),
+        ("stages.prune.goal.macs=4", "stages.1.goal.macs: must be below 1, not 4"),
+        ("stages.1.goal={mac: 2, macs: 0.5}", "stages.1.goal.mac: unknown field; did you mean 'macs'? goal takes macs"),
+        ("stages.5={use: verfy}", f"stages.5.use: no stage 'verfy'; did you mean 'verify'? known: {STAGES}"),
+        ("seed=2026-11-21", "seed: 2026-11-21 is a date in YAML; put it in quotes if text is meant"),
+        ("seed", "write key=value, such as seed=3 or stages.0.epochs=1"),
+        ("=3", "write key=value, such as seed=3 or stages.0.epochs=1"),
+        ("stages..epochs=3", "write key=value, such as seed=3 or stages.0.epochs=1"),
+        ("seed=[1", "not YAML: expected ',' or ']', but got '<stream end>' while parsing a flow sequence"),
+        ("seed.x=1", "seed is 3 and has no fields"),
+        (
+            "stages.prun.images=1",
+            "stages has no item 'prun'; did you mean 'prune'? it has 0 (train), 1 (prune), 2 (distill), 3 (quantize), "
+            "4 (export), 5 (verify), 6 (benchmark)",
+        ),
+        ("preprocess.mean.3=1", "preprocess.mean has no item '3'; it has 3 items"),
+    ],
+)
+def test_a_mistake_in_an_override_names_the_override(write: Write, override: str, expected: str) -> None:
+    assert mistakes(write(GOOD), [override]) == [f"override '{override}': {expected}"]
+
+
+def test_a_use_that_several_stages_have_is_no_address(write: Write) -> None:
+    path = write(changed(("  - use: quantize", "  - use: quantize\n  - use: train")))
+    assert mistakes(path, ["stages.train.epochs=1"]) == [
+        "override 'stages.train.epochs=1': stages has 2 items 'train'; say stages.0 or stages.4"
+    ]
+
+
+def test_long_overrides_are_shortened_and_come_after_the_file(write: Write) -> None:
+    lines = mistakes(write(changed(("epochs: 2", "epochs: -1"))), ["seed=" + "9\n" * 50, "name=A"])
+    assert lines[0] == "demo.yaml:13: stages.0.epochs: must be at least 0, not -1"
+    assert lines[1].startswith("override 'seed=9 9 9 ")
+    assert "…': " in lines[1]
+    assert lines[2].startswith("override 'name=A': name: 'A' does not fit")
+    assert len(lines) == 3
+
+
+# The order of stages
+
+BEFORE_EXPORT = "works on exported files; put an `export` before it"
+OWN_TEACHER = (
+    "nothing is pruned or quantized yet, so the teacher `parent` is the student itself; move this stage down or name another "
+    "teacher"
+)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (STAGES, []),
+        ("export benchmark", []),
+        ("export verify train export verify", []),
+        ("train prune train prune distill quantize train distill export", []),
+        ("quantize distill", []),
+        (
+            "prune distill quantize export export",
+            [(4, "the same as stages.3 and nothing changed since; leave one out")],
+        ),
+        ("export verify export", [(2, "the same as stages.0 and nothing changed since; leave one out")]),
+        ("export train export", []),
+        (
+            "quantize prune",
+            [(1, "fake-quantized layers have no room for channel removal; move it before quantize (stages.0)")],
+        ),
+        (
+            "train quantize quantize",
+            [(2, "the network is quantized already (stages.1); go on training with `train` or `distill`")],
+        ),
+        ("distill prune distill", [(0, OWN_TEACHER)]),
+        (
+            "verify train benchmark export verify",
+            [(0, f"verify {BEFORE_EXPORT}"), (2, f"benchmark {BEFORE_EXPORT}")],
+        ),
+    ],
+)
+def test_order(names: str, expected: list[tuple[int, str]]) -> None:
+    stages = [{"use": name} for name in names.replace(",", "").split()]
+    assert recipes.order_mistakes(stages) == expected
+
+
+def test_a_teacher_of_ones_own_may_teach_at_once() -> None:
+    elsewhere = {"teacher": "runs/other/stages/01-train/network"}
+    assert recipes.order_mistakes([{"use": "distill", **elsewhere}, {"use": "train", "distill": elsewhere}]) == []
+    assert recipes.order_mistakes([{"use": "train", "distill": {}}]) == [(0, OWN_TEACHER)]
+    assert recipes.order_mistakes([{"use": "train", "distill": None}]) == []
+
+
+def test_order_mistakes_have_the_line_of_their_stage(write: Write) -> None:
+    text = changed(("  - use: train\n    epochs: 2\n", "  - use: distill\n  - use: verify\n  - use: quantize\n"))
+    assert mistakes(write(text)) == [
+        f"demo.yaml:12: stages.0: {OWN_TEACHER}",
+        f"demo.yaml:13: stages.1: verify {BEFORE_EXPORT}",
+        "demo.yaml:15: stages.3: fake-quantized layers have no room for channel removal; move it before quantize (stages.2)",
+        "demo.yaml:22: stages.5: the network is quantized already (stages.2); go on training with `train` or `distill`",
+    ]
+    assert mistakes(write(GOOD), ["stages.train={use: benchmark}"]) == [
+        f"override 'stages.train={{use: benchmark}}': stages.0: benchmark {BEFORE_EXPORT}"
+    ]
+
+
+def test_the_order_holds_for_recipes_made_in_python(write: Write) -> None:
+    recipe = recipes.load(write(GOOD))
+    with pytest.raises(ValidationError, match=r"stages.0: verify works on exported files"):
+        recipes.Recipe(**dict(recipe) | {"stages": recipe.stages[5:]})
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("train export verify", []),
+        ("export verify benchmark", []),
+        ("train", ["no stage exports: the run ends with a network and no file for a board"]),
+        ("export benchmark", ["no verify follows the last export: the accuracy of its files is not measured"]),
+        (
+            "export verify quantize train",
+            ["changes after the last export are in no exported file: quantize, train"],
+        ),
+        (
+            "export verify quantize export",
+            ["no verify follows the last export: the accuracy of its files is not measured"],
+        ),
+    ],
+)
+def test_notes(write: Write, names: str, expected: list[str]) -> None:
+    stages = ", ".join(f"{{use: {name}}}" for name in names.split())
+    assert recipes.notes(recipes.load(write(GOOD), [f"stages=[{stages}]"])) == expected
+
+
+# What a recipe becomes
+
+
+def every_recipe() -> list[Path]:
+    return sorted(Path(__file__).parents[1].joinpath("recipes").rglob("*.yaml"))
+
+
+def test_every_published_recipe_loads_fits_the_schema_and_survives_its_dump(tmp_path: Path) -> None:
+    assert every_recipe(), "recipes/ holds no recipe"
+    validator = jsonschema.Draft202012Validator(recipes.schema())
+    for path in every_recipe():
+        recipe = recipes.load(path)
+        validator.validate(recipe.model_dump(mode="json"))
+        resolved = tmp_path / "resolved.yaml"
+        resolved.write_text(recipes.dump(recipe), encoding="utf-8")
+        assert recipes.load(resolved) == recipe
+
+
+def test_the_schema_is_valid_and_tells_right_from_wrong(write: Write) -> None:
+    schema = recipes.schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    assert schema["title"] == "Recipe for compress"
+    assert all(schema["properties"][key].get("description") for key in KEYS.split(", "))
+    validator = jsonschema.Draft202012Validator(schema)
+    good = recipes.load(write(GOOD)).model_dump(mode="json")
+    assert validator.is_valid(good)
+    assert not validator.is_valid(good | {"sed": 1})
+    assert not validator.is_valid(good | {"stages": [{"use": "prun"}]})
+    assert not validator.is_valid(good | {"data": {"use": "digits", "workers": -1}})
+    assert not validator.is_valid(good | {"name": "My Demo"})
+    del good["model"]
+    assert not validator.is_valid(good)
+
+
+def test_the_hash_is_of_the_settings_and_not_of_their_spelling(write: Write) -> None:
+    path = write(GOOD)
+    recipe = recipes.load(path)
+    same = [
+        [],
+        ["name=other"],
+        ["preprocess.crop=0.875"],
+        ["stages.distill.losses.0={weight: 0.9, temperature: 2.0, use: kd}"],
+    ]
+    assert {recipes.recipe_hash(recipes.load(path, overrides)) for overrides in same} == {recipes.recipe_hash(recipe)}
+    other = [["seed=4"], ["stages.prune.goal.macs=0.41"], ["preprocess.crop=1"], ["stages.train.epochs=3"]]
+    assert len({recipes.recipe_hash(recipes.load(path, overrides)) for overrides in [[], *other]}) == 5
+
+
+def test_a_dump_reads_well(write: Write) -> None:
+    text = recipes.dump(recipes.load(write(GOOD)))
+    assert text.startswith("name: demo\nseed: 3\nmodel:\n  use: mobilenet_v2\n  width: 0.5\n")
+    assert "  mean: [0.5, 0.5, 0.5]\n" in text
+    assert "  - use: prune\n    goal:\n      macs: 0.4\n" in text
+    assert "\n    ema: null\n" in text
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63) + 1, 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    # Surrogates and the noncharacters U+FFFE and U+FFFF cannot stand in a YAML file.
+    | st.text(st.characters(codec="utf-8"), max_size=20)
+    | st.sampled_from(
+        [
+            "yes",
+            "null",
+            "~",
+            "1e3",
+            "0x10",
+            "2026-11-21",
+            "<<",
+            "=",
+            "a: b",
+            "- a",
+            "#",
+            "'",
+            '"',
+            "\n",
+            " ",
+            "%",
+            "&a",
+            "*a",
+        ]
+    ),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=8), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(args=st.dictionaries(st.text(st.characters(codec="utf-8"), min_size=1, max_size=8), json_values, max_size=4))
+def test_any_value_survives_its_dump(write: Write, args: dict[str, Any]) -> None:
+    base = recipes.load(write(GOOD))
+    model = type(recipes.load(write(GOOD), ["model={use: 'a:b'}"]).model)(use="a:b", args=args)
+    recipe = base.model_copy(update={"model": model})
+    again = recipes.load(write(recipes.dump(recipe)))
+    assert again == recipe
+    assert recipes.recipe_hash(again) == recipes.recipe_hash(recipe)
+
+
+def test_describe_says_what_is_not_default(write: Write) -> None:
+    lines = recipes.describe(recipes.load(write(GOOD)))
+    assert lines[0] == "01 train: epochs 2"
+    assert lines[2] == "03 distill: losses [{use: kd, temperature: 2.0}]"
+    assert [line.split()[1].rstrip(":") for line in lines] == STAGES.split(", ")
+
+
+# Explanations know no settings class by name
+
+
+class Circle(Settings):
+    use: Literal["circle"]
+    radius: float = Field(gt=0)
+
+
+class Square(Settings):
+    use: Literal["square", "box"]
+    side: float
+    turned: Literal["no"] | int | tuple[int, ...] = "no"
+
+
+class Named(Settings):
+    use: str = Field(pattern=":")
+    size: int = 0
+
+
+class ByShare(Settings):
+    share: float
+
+
+class ByCount(Settings):
+    count: int
+    least: int = 0
+
+
+class Nested(Settings):
+    shapes: tuple[Annotated[Circle | Square, Field(discriminator="use")], ...] = ()
+
+
+class Everything(Settings):
+    shape: Circle | Square | Named | None = None
+    goal: ByShare | ByCount | None = None
+    tree: dict[str, Nested] = {}
+    pair: tuple[int, str] = (0, "")
+
+    @model_validator(mode="after")
+    def _never_both(self) -> Everything:
+        if self.shape and self.goal:
+            raise ValueError("shape or goal,\nnot both")
+        return self
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({"shape": {"use": "circle", "radius": 0}}, ["shape.radius: must be above 0, not 0"]),
+        ({"shape": {"use": "a:b", "size": "x"}}, ["shape.size: must be a whole number, not 'x'"]),
+        ({"shape": {"use": "a:b", "sise": 1}}, ["shape.sise: unknown field; did you mean 'size'? a:b takes size"]),
+        (
+            {"shape": {"use": "circel", "radius": 1}},
+            ["shape.use: no shape 'circel'; did you mean 'circle'? known: circle, square, box"],
+        ),
+        ({"shape": {}}, ["shape: no `use` that says which shape; known: circle, square, box"]),
+        ({"shape": 3}, ["shape: must be a mapping such as `use: circle`, not 3"]),
+        ({"goal": {"share": "x"}}, ["goal.share: must be a number, not 'x'"]),
+        ({"goal": {"count": 1.5, "least": 0}}, ["goal.count: must be a whole number, not 1.5"]),
+        ({"goal": 3}, ["goal: must be a mapping, not 3"]),
+        (
+            {"tree": {"shapes": {"shapes": [{"use": "box", "sde": 1, "side": 2}]}}},
+            ["tree.shapes.shapes.0.sde: unknown field; did you mean 'side'? box takes side, turned"],
+        ),
+        (
+            {"shape": {"use": "box", "side": 1, "turned": "yes"}},
+            ["shape.turned: must be 'no' or a whole number or a list, not 'yes'"],
+        ),
+        (
+            {"shape": {"use": "box", "side": 1, "turned": [1, "x"]}},
+            ["shape.turned.1: must be a whole number, not 'x'"],
+        ),
+        ({"pair": [1, 2]}, ["pair.1: must be text, not 2"]),
+        ({"pair": []}, ["pair: must have 2 items, not 0"]),
+        ({"shape": {"use": "a:b"}, "goal": {"share": 1}}, [": shape or goal, not both"]),
+    ],
+)
+def test_explanations_follow_the_annotations(data: dict[str, Any], expected: list[str]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Everything.model_validate_json(json.dumps(data))
+    found = explain(Everything, caught.value.errors(), data)
+    assert list(dict.fromkeys(f"{'.'.join(map(str, keys))}: {problem}" for keys, problem in found)) == expected
+
+
+# Whatever the file holds, it is a recipe or a list of mistakes
+
+
+def check_that_it_loads_or_says_why(path: Path, overrides: Sequence[str] = ()) -> None:
+    try:
+        recipe = recipes.load(path, overrides)
+    except RecipeError as error:
+        assert error.lines
+        for line in error.lines:
+            assert line.isprintable(), line
+            assert line.startswith(("demo.yaml", "override '"))
+    else:
+        path.write_text(recipes.dump(recipe), encoding="utf-8")
+        assert recipes.load(path) == recipe
+        recipes.describe(recipe)
+        recipes.notes(recipe)
+
+
+SNIPPETS = [*"\n\t :-[]{},&*!|>'\"%@`#?~=<01", "  - ", "use: ", "train", "kd", "null", "true", "-1", "1e9", ".nan", "&a ", "*a", "!!set ",
+            "<<: *a", "2026-11-21", "--- ", "\x00", "\ufeff", "é", "\U0001f600", "%YAML 1.1\n---\n"]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    edits=st.lists(
+        st.tuples(st.integers(0, len(GOOD)), st.integers(0, 12), st.sampled_from(SNIPPETS)), min_size=1, max_size=4
+    )
+)
+def test_a_recipe_with_random_edits(write: Write, edits: list[tuple[int, int, str]]) -> None:
+    text = GOOD
+    for at, length, new in edits:
+        text = text[:at] + new + text[at + length :]
+    check_that_it_loads_or_says_why(write(text))
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(raw=st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode(errors="surrogatepass")))
+def test_random_bytes(write: Write, raw: bytes) -> None:
+    check_that_it_loads_or_says_why(write(raw))
+
+
+def addresses(value: Any, keys: tuple[str, ...] = ()) -> list[str]:
+    """Every dotted key of a value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inner = [address for key, item in items for address in addresses(item, (*keys, str(key)))]
+    return [".".join(keys), *inner] if keys else inner
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_recipe_with_values_of_any_kind(write: Write, data: st.DataObject) -> None:
+    path = write(GOOD)
+    known = addresses(recipes.load(path).model_dump(mode="json"))
+    address = st.sampled_from(known) | st.sampled_from(known).map(lambda key: f"{key}x") | st.text(max_size=8)
+    value = json_values.map(json.dumps) | st.sampled_from(SNIPPETS) | st.text(max_size=8)
+    overrides = data.draw(st.lists(st.tuples(address, value).map("=".join), min_size=1, max_size=3))
+    check_that_it_loads_or_says_why(path, overrides)
