@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -35,9 +34,13 @@ def load(folder: Path) -> Network:
     try:
         structure = Structure.model_validate_json((folder / STRUCTURE).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ModelError(folder, f"no {STRUCTURE} here", "name a folder such as runs/x/stages/01-train/network") from error
+        raise ModelError(
+            folder, f"no {STRUCTURE} here", "name a folder such as runs/x/stages/01-train/network"
+        ) from error
     except (OSError, UnicodeDecodeError, ValidationError) as error:
-        raise ModelError(folder / STRUCTURE, f"not readable ({_first_line(error)})", "save the network again") from error
+        raise ModelError(
+            folder / STRUCTURE, f"not readable ({_first_line(error)})", "save the network again"
+        ) from error
     settings = TypeAdapter(ModelSettings).validate_python(structure.model, strict=False)
     module = build(settings, structure.num_classes, structure.preprocess.size)
     resize(module, structure.kept)
@@ -48,7 +51,7 @@ def load(folder: Path) -> Network:
     except (OSError, SafetensorError, RuntimeError) as error:
         problem = f"does not fit the structure beside it ({_first_line(error)})"
         raise ModelError(folder / WEIGHTS, problem, "save the network again") from error
-    return Network(module.to(memory_format=torch.contiguous_format).eval(), structure)
+    return Network(module.eval(), structure)
 
 
 def _first_line(error: Exception) -> str:

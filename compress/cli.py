@@ -32,7 +32,9 @@ app = typer.Typer(
 )
 output, messages = Console(), Console(stderr=True)
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file, such as recipes/mobilenetv2_arm.yaml.")]
+RecipePath = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="A YAML file, such as recipes/mobilenetv2_arm.yaml.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it: seed=1 stages.train.epochs=3")
 ]
@@ -120,20 +122,22 @@ def schema() -> None:
 
 @app.command()
 def bench(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help=".onnx and .tflite files; the first of each kind is the baseline.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE...", help=".onnx and .tflite files; the first of each kind is the baseline."),
+    ],
     threads: Annotated[int, typer.Option(min=1)] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Fresh processes per file, interleaved.")] = 4,
     runs: Annotated[int, typer.Option(min=1, help="Least samples of each process.")] = 50,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything measured as JSON instead of a table.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print everything measured as JSON instead of a table.")
+    ] = False,
 ) -> None:
     """Time files on this machine, interleaved, one fresh process after the other."""
     from compress.targets import target
-    from compress.targets.comparison import compare, schedule
+    from compress.targets.comparison import by_name, compare, schedule
 
-    for path in files:
-        if not path.is_file():
-            raise CompressError(path, "no such file")
-    named = {str(path): path for path in files}
+    named = by_name(files)
     progress = RichProgress(messages)
     with progress.steps("benchmark", len(schedule(named, rounds=rounds))) as advance:
         result = compare(named, target=target("local"), threads=threads, rounds=rounds, runs=runs, on_process=advance)
@@ -157,7 +161,9 @@ def bench(
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/mobilenetv2_arm.")]) -> None:
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/mobilenetv2_arm.")],
+) -> None:
     """Write a run's report again, from what its folder holds."""
     from compress.report import write_report
 

@@ -81,7 +81,8 @@ def run_recipe(
         if rank == 0:
             write_json(folder / "run.json", facts)
             _write(folder / "recipe.yaml", recipes.dump(recipe))
-        ran, resumed = [], []
+        ran: list[str] = []
+        resumed: list[str] = []
         for index, stage in enumerate((None, *recipe.stages)):
             label = f"{index:02d}-{stage.use if stage else 'load'}"
             (resumed if state.step(index, stage, label) else ran).append(label)
@@ -157,9 +158,7 @@ class _State:
         self._run(index, stage, label, place, product)
         return False
 
-    def _run(
-        self, index: int, stage: StageSettings | None, label: str, place: Path, before: Product | None
-    ) -> None:
+    def _run(self, index: int, stage: StageSettings | None, label: str, place: Path, before: Product | None) -> None:
         partial = place.with_name(place.name + ".partial")
         together = stage is not None and stage.use in TOGETHER
         if self.rank == 0:
@@ -199,6 +198,7 @@ class _State:
             seed=(self.recipe.seed + 1000 * index) % 2**31,
             progress=self.notes,
             recipe_hash=recipes.recipe_hash(self.recipe),
+            target=self.recipe.target,
             rank=self.rank if together else 0,
             world_size=self.world_size if together else 1,
         )

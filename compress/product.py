@@ -163,5 +163,7 @@ class Run:
     progress: Progress
     recipe_hash: str
     """SHA-256 of the resolved recipe, for the metadata of exported files."""
+    target: str = "local"
+    """The machine that measures, as the recipe names it."""
     rank: int = 0
     world_size: int = 1

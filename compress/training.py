@@ -78,7 +78,7 @@ def fit(
         return student.eval(), []
     torch.manual_seed(run.seed)
     trained = _choose_parameters(student, settings.only, label)
-    student.to(run.device, memory_format=torch.channels_last)
+    student.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     student.train()
     if settings.only:
         _freeze_statistics(student, trained)
@@ -143,7 +143,8 @@ def fit(
             }
         )
     result = average.module if average is not None else student
-    return result.to("cpu", memory_format=torch.contiguous_format).requires_grad_(True).eval(), history
+    result.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return result.requires_grad_(True).eval(), history
 
 
 def _choose_parameters(module: nn.Module, patterns: tuple[str, ...], label: str) -> set[str]:

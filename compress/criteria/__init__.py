@@ -1,7 +1,8 @@
 """What decides which channels go: one file per criterion.
 
 A criterion is a settings class that is called with the weights of one set of coupled channels and returns one score per
-channel; the lowest go first, over all layers. To add one: its file, its name in `CriterionSettings`, one test.
+channel, zero or more; the lowest go first. The stage divides the scores by their mean, so they need be comparable
+within the set only. To add a criterion: its file, its name in `CriterionSettings`, one test.
 
     weights     one (C, elements) tensor for every layer that loses something with these channels, row c with channel c:
                 the filters that make the channel, its BatchNorm scale, the slices of the filters that read it

@@ -13,12 +13,8 @@ from compress.settings import Settings
 
 
 def norms(weights: Sequence[Tensor], p: int) -> Tensor:
-    """(C,): for each channel the p-norm of all weights that go with it, divided by the mean over these channels.
-
-    `weights` are (C, elements). The division makes layers comparable whose weights differ in scale.
-    """
-    scores_C = torch.cat(list(weights), dim=1).norm(p, dim=1)
-    return scores_C / scores_C.mean().clamp_min(torch.finfo(scores_C.dtype).tiny)
+    """(C,): for each channel the p-norm of all weights that go with it; `weights` are (C, elements)."""
+    return torch.cat(list(weights), dim=1).norm(p, dim=1)
 
 
 class Magnitude(Settings):
@@ -27,8 +23,8 @@ class Magnitude(Settings):
     needs_gradients: ClassVar[bool] = False
 
     use: Literal["magnitude"]
-    p: Literal[1, 2] = 2
-    """1: sum of absolute values; 2: Euclidean norm."""
+    p: Literal[1, 2] = 1
+    """1: sum of absolute values, as in the paper; 2: Euclidean norm."""
 
     def __call__(self, weights: Sequence[Tensor], gradients: Sequence[Tensor], generator: torch.Generator) -> Tensor:
         return norms(weights, self.p)

@@ -13,8 +13,7 @@ def first_order(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tenso
     """(C,): for each channel the sum of (weight * gradient)**2 over all weights that go with it.
 
     Both are (C, elements). With gradients that are root mean squares over mini-batches this is the paper's average of
-    the squared first-order terms: the mean gradient itself vanishes where training has converged. The scores of
-    different layers are comparable as they are, in units of the loss squared.
+    the squared first-order terms: the mean gradient itself vanishes where training has converged.
     """
     return sum((w * g).square().sum(dim=1) for w, g in zip(weights, gradients, strict=True))  # type: ignore[return-value]
 

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import onnx
@@ -89,15 +90,20 @@ def _name_grids(model: ir.Model, grids: list[Grid]) -> None:
         raise AssertionError(f"{len(nodes)} QuantizeLinear nodes for {len(grids)} grids")
     for node, grid in zip(nodes, grids, strict=True):
         exact, scale, zero_point = node.inputs
-        assert exact is not None and scale is not None and zero_point is not None
-        if np.float32(grid.scale) != scale.const_value.numpy() or grid.zero_point != zero_point.const_value.numpy():
+        if (np.float32(grid.scale), grid.zero_point) != (_constant(scale), _constant(zero_point)):
             raise AssertionError(f"the grid of {grid.layer} moved during export")
-        if exact.name == grid.layer:
+        if exact is not None and exact.name == grid.layer:
             exact.name = f"{grid.layer}/exact"
         node.outputs[0].name = grid.layer
         for user in node.outputs[0].consumers():
             if user.op_type == "DequantizeLinear" and not user.outputs[0].is_graph_output():
                 user.outputs[0].name = f"{grid.layer}/float"
+
+
+def _constant(value: ir.Value | None) -> Any:
+    assert value is not None
+    assert value.const_value is not None
+    return value.const_value.numpy()
 
 
 def _store_integers(model: ir.Model, layer: str, integers: Integers) -> None:

@@ -51,7 +51,7 @@ def read_metadata(data: bytes) -> dict[str, str]:
     texts = {}
     for entry in model.metadata or []:
         content = model.buffers[entry.buffer].data
-        texts[entry.name.decode()] = "" if content is None else bytes(content).decode()
+        texts[entry.name.decode()] = "" if content is None else bytes(content).decode(errors="replace")
     return texts
 
 
@@ -589,8 +589,9 @@ class _Translation:
         rank = len(self.graph.shape(node.output))
         inputs = [self._operand(node, name, rank, int8=int8) for name in node.inputs]
         version = None
-        if int8 and node.op == "Mul" and _product_scale(grids) >= landing.grid.scale:
-            version = 3  # rescaling by 1 or more; op_version.cc
+        if int8 and landing.grid and node.op == "Mul":  # op_version.cc: 3 where the product is rescaled by 1 or more
+            product_scale = math.prod(float(grid.scale) for grid in grids if grid)
+            version = 3 if product_scale >= landing.grid.scale else 2
         options = getattr(schema, f"{node.op}OptionsT")()
         self.emit(node.op.upper(), inputs, landing, options, int8=int8, version=version)
 
@@ -819,10 +820,6 @@ class _Translation:
         else:  # the int8 kernel wants one grid
             inputs = [self.on_grid(name, grid, f"{node.output}:{i}") for i, name in enumerate(node.inputs)]
             self.carry("CONCATENATION", inputs, node.output, options)
-
-
-def _product_scale(grids: Sequence[Grid | None]) -> float:
-    return math.prod(float(grid.scale) for grid in grids if grid)
 
 
 def _pool_options(window: _Window, padding: int) -> schema.Pool2DOptionsT:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -30,22 +31,24 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise ModelError(path, "no such file", f"a relative path starts at {Path.cwd()}")
+    broken = ModelError(path, "is no whole weights file", "expected .safetensors or what torch.save writes")
     try:
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about pickle protocols, before the error that says what is wrong
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if re.search("[Uu]nsupported (global|class)|unrecognized function", str(error)):
-            raise ModelError(
-                path,
-                "holds Python objects, which could run code when loaded",
-                "save the weights alone: torch.save(model.state_dict(), ...)",
-            ) from None
-        raise ModelError(path, "is no whole weights file", "expected .safetensors or a torch.save file") from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(path, f"is no whole weights file ({reason})") from None
+        if re.search("[Uu]nsupported (global|class)|unrecognized function", str(error)) is None:
+            raise broken from error
+        raise ModelError(
+            path,
+            "holds Python objects, which could run code when loaded",
+            "save the weights alone: torch.save(model.state_dict(), ...)",
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, LookupError) as error:
+        raise broken from error
     for key in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

@@ -133,6 +133,7 @@ def _plain(layer: QuantizedConv2d | QuantizedLinear, input_scale: float) -> tupl
     """The layer as torch's own, with weights and bias snapped to their integers."""
     scale = layer.weight_scale.detach().abs()
     bias_scale = torch.tensor(input_scale, dtype=torch.float32) * scale
+    assert layer.bias is not None
     bias = torch.round(layer.bias.detach().double() / bias_scale.double()).clamp(-INT32_MAX, INT32_MAX)
     integers = Integers(layer.integers(), scale, bias.to(torch.int32), bias_scale)
     plain: nn.Conv2d | nn.Linear
@@ -151,5 +152,6 @@ def _plain(layer: QuantizedConv2d | QuantizedLinear, input_scale: float) -> tupl
     with torch.no_grad():
         shape = (-1,) + (1,) * (layer.weight.ndim - 1)
         plain.weight.copy_(integers.weight.float() * scale.view(shape))
+        assert plain.bias is not None
         plain.bias.copy_(integers.bias.float() * bias_scale)
     return plain, integers

@@ -209,9 +209,10 @@ def _zero_pads(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[int, int, 
         if arguments.get("mode", "constant") != "constant" or arguments.get("value") not in (None, 0, 0.0):
             return None
         if isinstance(pads, (tuple, list)) and len(pads) == 4 and all(isinstance(p, int) and p >= 0 for p in pads):
-            return tuple(pads)  # type: ignore[return-value]
-    if node.op == "call_module" and type(modules[str(node.target)]) is nn.ZeroPad2d:
-        return tuple(modules[str(node.target)].padding)  # type: ignore[arg-type, return-value]
+            return tuple(pads)
+    layer = modules[str(node.target)] if node.op == "call_module" else None
+    if isinstance(layer, nn.ZeroPad2d):
+        return layer.padding
     return None
 
 

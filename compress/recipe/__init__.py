@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedSeq
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from compress.data import DataSettings
 from compress.errors import RecipeError
@@ -164,9 +165,11 @@ def dump(recipe: Recipe) -> str:
 
 
 def _laid_out(value: Any) -> Any:
-    """`use` first in its mapping, lists of scalars on one line."""
+    """`use` first in its mapping, lists of scalars on one line, escapes where a character would not survive."""
     if isinstance(value, dict):
-        return {key: _laid_out(value[key]) for key in sorted(value, key=lambda key: key != "use")}
+        return {_laid_out(key): _laid_out(value[key]) for key in sorted(value, key=lambda key: key != "use")}
+    if isinstance(value, str) and not value.isprintable():
+        return DoubleQuotedScalarString(value)
     if isinstance(value, list):
         items = CommentedSeq(_laid_out(item) for item in value)
         if not any(isinstance(item, (dict, list)) for item in value):

@@ -46,10 +46,12 @@ class Draft:
 
     def knows(self, keys: Keys) -> bool:
         """Whether a mistake is known of this value or of one around it, which makes a further one doubtful."""
-        return any(mistake.keys and keys[: len(mistake.keys)] == mistake.keys for mistake in self.mistakes)
+        # A mistake with a line of its own is in an entry that was passed over.
+        values = [mistake.keys for mistake in self.mistakes if mistake.keys and not isinstance(mistake.place, int)]
+        return any(keys[: len(known)] == known for known in values)
 
     def report(self) -> list[str]:
-        """One sentence per mistake: those of the file by line, then those of the overrides in their order."""
+        """One sentence per mistake: those of the file by line, then those of the overrides."""
         sentences = []
         for mistake in self.mistakes:
             place = mistake.place or self._place(mistake.keys)
@@ -148,7 +150,7 @@ def _key(yaml: YAML, node: Node) -> tuple[str, str]:
     """A mapping's key, and what is wrong with it."""
     if not isinstance(node, ScalarNode):
         return "?", "a key is text, not a list or a mapping"
-    if node.value == "<<":
+    if node.tag == YAML_TAG + "merge":
         return "<<", "YAML 1.2 has no merge key; write the fields out"
     value, problem = _scalar(yaml, node)
     if not problem and not isinstance(value, str):

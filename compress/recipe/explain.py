@@ -26,6 +26,9 @@ WANTS = {
     "float_type": "a number",
     "string_type": "text",
     "path_type": "a path",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
     "list_type": "a list",
     "tuple_type": "a list",
     "literal_error": "{expected}",
@@ -66,7 +69,7 @@ def explain(root: type[BaseModel], errors: Iterable[Mapping[str, Any]], data: An
     for error, spot in _settle_unions(root, found, data):
         by_keys.setdefault(_pointed_at(error, spot), []).append((error, spot))
     for keys, group in by_keys.items():
-        if all(error["type"] in WANTS for error, _ in group):
+        if all(error["type"] in WANTS and not _chooses(spot) for error, spot in group):
             yield keys, _must_be([_want(error) for error, _ in group], group[0][0]["input"])
             continue
         for error, spot in group:
@@ -203,9 +206,7 @@ def _problem(error: Mapping[str, Any], spot: _Spot, data: Any) -> str:
             return f"missing; {_owner_name(spot, data)} needs it"
         case "extra_forbidden":
             return "unknown field" + _fields(spot, data)
-        case "dict_type" | "model_type" | "model_attributes_type":
-            return _wrong_use(spot, value)
-        case "union_tag_invalid" | "union_tag_not_found":
+        case "union_tag_invalid" | "union_tag_not_found" | "dict_type" | "model_attributes_type":
             return _wrong_use(spot, value)
         case _ if _chooses(spot):
             return _wrong_use(spot, value, error["msg"])
@@ -224,8 +225,8 @@ def _wrong_use(spot: _Spot, value: Any, known_text: str = "") -> str:
     """No mapping, or one whose `use` is unknown; `known_text` says what is known where a list of names cannot."""
     known, noun = uses(spot.annotation), _noun(spot.keys)
     if not isinstance(value, dict):
-        example = value if value in known else next(iter(known), "")
-        return f"must be a mapping{f' such as `use: {example}`' if example else ''}, not {shown(value)}"
+        example = value if value in known else known[0]
+        return f"must be a mapping such as `use: {example}`, not {shown(value)}"
     listed = known_text or f"known: {', '.join(known)}"
     if "use" not in value:
         return f"no `use` that says which {noun}; {listed}"

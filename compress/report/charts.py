@@ -22,8 +22,8 @@ from matplotlib.ticker import MaxNLocator
 
 from compress.report import wording
 
-# matplotlib wants colours it knows. These stand for the page's CSS variables and are replaced by them in the SVG, so one
-# drawing serves a light and a dark page.
+# matplotlib wants colours it knows. These stand for the page's CSS variables and are replaced by them in the SVG, so
+# one drawing serves a light and a dark page.
 COLOURS = {
     "#0a0001": "ink",
     "#0a0002": "muted",
@@ -38,7 +38,7 @@ INK, MUTED, LINE, PARENT, FLOAT, INT8, PAGE, BAD = COLOURS
 OF_KIND = {"parent": PARENT, "float": FLOAT, "int8": INT8}
 MARKERS = ("o", "s", "^", "D")
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # a dollar in a layer's name is a dollar
     "svg.fonttype": "none",  # text stays text: it takes the page's typeface and can be searched
     "svg.hashsalt": "compress",
@@ -64,8 +64,8 @@ STYLE = {
     "figure.facecolor": "none",
 }
 
-WIDTH = 480
-"""Of most drawings, in CSS pixels: text stays readable when a phone shows it at three quarters."""
+WIDTH = 420
+"""Of most drawings, in points; a phone shows it about as wide in CSS pixels."""
 
 
 def tradeoff(files: list[dict[str, Any]]) -> str:
@@ -74,7 +74,7 @@ def tradeoff(files: list[dict[str, Any]]) -> str:
     if not shown:
         return ""
     runtimes = sorted({file["runtime"] for file in shown})
-    with _drawing("tradeoff", height=340, label="Accuracy against latency") as (figure, out):
+    with _drawing("tradeoff", height=300, label="Accuracy against latency") as (figure, out):
         axes = figure.add_subplot()
         for runtime, marker in zip(runtimes, MARKERS * len(runtimes), strict=False):
             own = [file for file in shown if file["runtime"] == runtime]
@@ -82,8 +82,9 @@ def tradeoff(files: list[dict[str, Any]]) -> str:
             axes.plot(
                 [file["timing"]["p50_ms"] for file in own],
                 [100 * file["accuracy"] for file in own],
-                color=LINE,
-                linewidth=1.2,
+                color=MUTED,
+                linewidth=1,
+                alpha=0.5,
                 zorder=1,
             )
             for file in own:
@@ -92,7 +93,14 @@ def tradeoff(files: list[dict[str, Any]]) -> str:
                 if p90:
                     axes.plot([p50, p90], [y, y], color=colour, linewidth=2, solid_capstyle="butt", zorder=2)
                 axes.plot(
-                    p50, y, marker=marker, markersize=10, color=colour, markeredgecolor=PAGE, markeredgewidth=1.5, zorder=3
+                    p50,
+                    y,
+                    marker=marker,
+                    markersize=10,
+                    color=colour,
+                    markeredgecolor=PAGE,
+                    markeredgewidth=1.5,
+                    zorder=3,
                 )
         axes.set_xlim(0, 1.12 * max(file["timing"]["p90_ms"] or file["timing"]["p50_ms"] for file in shown))
         _accuracy_limits(axes, [100 * file["accuracy"] for file in shown])
@@ -102,7 +110,9 @@ def tradeoff(files: list[dict[str, Any]]) -> str:
         kinds = [kind for kind in OF_KIND if any(file["kind"] == kind for file in shown)]
         handles = [Line2D([], [], marker="o", linestyle="", color=OF_KIND[kind], label=kind) for kind in kinds]
         handles += [
-            Line2D([], [], marker=marker, linestyle="", markerfacecolor="none", color=MUTED, label=wording.runtime(runtime))
+            Line2D(
+                [], [], marker=marker, linestyle="", markerfacecolor="none", color=MUTED, label=wording.runtime(runtime)
+            )
             for runtime, marker in zip(runtimes, MARKERS * len(runtimes), strict=False)
         ]
         figure.legend(handles=handles, loc="outside lower left", ncols=5, handletextpad=0.2, columnspacing=1.2)
@@ -132,15 +142,18 @@ def channels(layers: list[dict[str, Any]]) -> str:
     """Output channels of each layer before and after pruning, first layer on top."""
     if not layers:
         return ""
-    row = 20  # as high as a row of the table beside it
-    with _drawing("channels", height=60 + row * len(layers), label="Channels before and after pruning") as (figure, out):
+    row = 17.4  # as high as a row of the table beside it
+    with _drawing("channels", height=60 + row * len(layers), label="Channels before and after pruning") as (
+        figure,
+        out,
+    ):
         axes = figure.add_subplot()
         places = range(len(layers))
         before = [layer["channels"][0] for layer in layers]
         after = [layer["channels"][1] or 0 for layer in layers]
         axes.barh(places, before, height=0.72, color=LINE)
         axes.barh(places, after, height=0.72, color=FLOAT)
-        axes.set_yticks(places, [_shortened(layer["name"]) for layer in layers], fontsize=10)
+        axes.set_yticks(places, [_shortened(layer["name"]) for layer in layers], fontsize=9.5)
         axes.set_ylim(len(layers) - 0.4, -0.6)
         axes.tick_params(axis="x", labeltop=True, labelbottom=False)
         axes.spines[["bottom", "left"]].set_visible(False)
@@ -153,7 +166,7 @@ def channels(layers: list[dict[str, Any]]) -> str:
 
 
 def lsb_histogram(agreement: dict[str, Any], *, allowed: int | None) -> str:
-    """Number of logits by how many steps of the output's grid they differ, the height logarithmic; over `allowed` in red."""
+    """Number of logits by how many steps of the output's grid they differ, log scale; over `allowed` in red."""
     histogram = {int(step): number for step, number in agreement["histogram"].items() if number}
     if not histogram:
         return ""
@@ -181,13 +194,13 @@ def lsb_histogram(agreement: dict[str, Any], *, allowed: int | None) -> str:
 
 
 def _accuracy_limits(axes: Axes, accuracies: list[float]) -> None:
-    """At least four points of accuracy on the axis: a smaller window would make a loss of one image look like a fall."""
+    """At least four points of accuracy on the axis: a smaller window would make the loss of one image a fall."""
     low, high = min(accuracies), max(accuracies)
     margin = max(0.25 * (high - low), (4 - (high - low)) / 2)
     # Room above 100 so that a mark at the top is not cut in half.
     top = min(high + margin, 100 + 0.08 * (high - low + 2 * margin))
     axes.set_ylim(max(low - margin, -0.5), top)
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
 
 
 def _shortened(name: str) -> str:

@@ -1,7 +1,7 @@
 """What a run folder holds, checked: `run.json`, `recipe.yaml` and one `manifest.json` per finished stage.
 
-Everything a stage may leave out is optional here, and None means "not measured". Unknown fields are let through or ignored,
-so that a report can be written for a run folder of another version.
+Everything a stage may leave out is optional here, and None means "not measured". Unknown fields are let through or
+ignored, so that a report can be written for a run folder of another version.
 """
 
 from __future__ import annotations
@@ -11,7 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 
 from compress.errors import CompressError
 
@@ -57,7 +66,7 @@ class ExportedFile(Part):
     format: str
     kind: str
     """parent, float or int8."""
-    size_bytes: NonNegativeInt
+    size_bytes: PositiveInt | None = None
     sha256: str | None = None
 
 
@@ -248,9 +257,7 @@ class RunFolder:
 def read_folder(path: Path) -> RunFolder:
     """The run in `path`. Raises RunFolderError, in one line, with the file and the field that is wrong."""
     if not (path / "run.json").is_file():
-        raise RunFolderError(
-            path, "not a run folder: it has no run.json", "give the folder that `compress run` wrote"
-        )
+        raise RunFolderError(path, "not a run folder: it has no run.json", "give the folder that `compress run` wrote")
     run = _read(path / "run.json", RunDescription)
     folders = run.stages
     if folders is None:
@@ -282,9 +289,7 @@ def _read(path: Path, kind: type[_Part]) -> _Part:
         # A number that JSON does not know (NaN, Infinity) stays a word and fails where a number is wanted.
         content = json.loads(_text(path), parse_constant=str)
     except json.JSONDecodeError as error:
-        raise RunFolderError(
-            path, f"not JSON: {error.msg} in line {error.lineno}", "run its recipe again"
-        ) from error
+        raise RunFolderError(path, f"not JSON: {error.msg} in line {error.lineno}", "run its recipe again") from error
     return _check(path, kind, content)
 
 

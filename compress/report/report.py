@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +17,6 @@ from markupsafe import Markup
 from compress.report import charts, wording
 from compress.report.folder import (
     Benchmark,
-    Conditions,
     Export,
     ExportedFile,
     Metrics,
@@ -28,10 +28,11 @@ from compress.report.folder import (
     RunFolderError,
     Stage,
     Timing,
-    Training,
     Verification,
+    VerifiedFile,
     read_folder,
 )
+from compress.report.headline import headline, machine
 from compress.report.wording import NOT_MEASURED
 
 COMPRESSING = ("prune", "quantize")
@@ -39,7 +40,13 @@ COMPRESSING = ("prune", "quantize")
 
 KINDS = ("parent", "float", "int8")
 
-CONDITIONS = {"arch": "architecture", "cpu": "CPU", "os": "system", "ram_gb": "RAM, GB", "temperature_c": "temperature, °C"}
+CONDITIONS = {
+    "arch": "architecture",
+    "cpu": "CPU",
+    "os": "system",
+    "ram_gb": "RAM, GB",
+    "temperature_c": "temperature, °C",
+}
 """Names of a benchmark's conditions for people; the others are read as they are."""
 
 FORMAT = 1
@@ -84,15 +91,15 @@ def read_report(run_folder: Path) -> dict[str, Any]:
     report = {
         "format": FORMAT,
         "name": folder.run.name,
-        "headline": _headline(
+        "headline": headline(
             networks,
-            parent,
+            parent.figures if parent else None,
             best,
             baseline,
             verification=verification and verification[1],
             benchmark=benchmark and benchmark[1],
         ),
-        "machine": benchmark and _machine(benchmark[1].conditions),
+        "machine": benchmark and machine(benchmark[1].conditions),
         "run": folder.run.model_dump(mode="json", exclude={"parent", "name"}),
         "recipe": folder.recipe,
         "unfinished": folder.unfinished,
@@ -110,8 +117,8 @@ def read_report(run_folder: Path) -> dict[str, Any]:
 def summary_rows(report: dict[str, Any]) -> list[dict[str, str]]:
     """One row per network and exported file, in words, all with the same keys: the headings of a table.
 
-    A network that was exported has a row per file and runtime, with figures measured on the file; one that was not has a
-    single row with the torch figures. Latencies belong to `report["machine"]`: print its `statement` below the table.
+    A network that was exported has a row per file and runtime, with figures measured on the file; one that was not
+    has a single row with the torch figures. Print `report["machine"]["statement"]` below: latencies belong to it.
     """
     rows = []
     networks = [stage for stage in report["stages"] if stage["network"]]
@@ -163,7 +170,7 @@ def _without_file(network: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------------------------ stages and files
+# --------------------------------------------------------------------------------------------------- stages and files
 
 _M = TypeVar("_M", bound=Metrics)
 
@@ -202,7 +209,7 @@ def _parent(folder: RunFolder) -> _Parent | None:
 
 def _exports(stages: list[Stage]) -> dict[str, tuple[int, ExportedFile]]:
     """Every exported file by name, the later one where two have the same, with its stage's position."""
-    found = {}
+    found: dict[str, tuple[int, ExportedFile]] = {}
     for at, stage in enumerate(stages):
         if isinstance(stage.metrics, Export):
             found |= {name: (at, file) for name, file in stage.metrics.files.items()}
@@ -218,7 +225,8 @@ def _unchanged(stages: list[Stage], at: int) -> Callable[[str], bool]:
             return not now  # a run without an export stage: nothing to compare with
         if name not in before:
             return False
-        return before[name] == now[name] or None is not before[name][1].sha256 == now[name][1].sha256
+        (then_at, then), (now_at, file) = before[name], now[name]
+        return then_at == now_at or (file.sha256 is not None and then.sha256 == file.sha256)
 
     return same
 
@@ -236,64 +244,82 @@ def _network_of(kind: str, stages: list[Stage], parent: _Parent | None) -> tuple
 
 def _files(stages: list[Stage], parent: _Parent | None) -> tuple[list[dict[str, Any]], list[str]]:
     """Every exported file in every runtime it was timed in, and a sentence per figure that a later export made void."""
-    exports = _exports(stages)
+    verification, benchmark = _last(stages, Verification), _last(stages, Benchmark)
     verified, timed, pairs, stale = {}, [], [], []
-    if verification := _last(stages, Verification):
-        same = _unchanged(stages, verification[0])
+    if verification:
+        at, same = verification[0], _unchanged(stages, verification[0])
         verified = {name: file for name, file in verification[1].files.items() if same(name)}
-        stale += [_stale(stages, verification[0], name) for name in verification[1].files if not same(name)]
-    if benchmark := _last(stages, Benchmark):
-        same = _unchanged(stages, benchmark[0])
+        stale += [_stale(stages[at], name) for name in verification[1].files if not same(name)]
+    if benchmark:
+        at, same = benchmark[0], _unchanged(stages, benchmark[0])
         timed = [row for row in benchmark[1].rows if same(row.file)]
         pairs = [pair for pair in benchmark[1].pairs if same(pair.baseline) and same(pair.candidate)]
         names = dict.fromkeys(row.file for row in benchmark[1].rows)
-        stale += [_stale(stages, benchmark[0], name) for name in names if not same(name)]
+        stale += [_stale(stages[at], name) for name in names if not same(name)]
 
-    parent_accuracy = parent and parent.figures.accuracy
-    known = {row.file: ExportedFile(format=_suffix(row.file), kind=row.kind, size_bytes=row.size_bytes or 0) for row in timed}
-    found = []
-    for name, (at, file) in ({name: (len(stages), file) for name, file in known.items()} | exports).items():
-        stage, network = _network_of(file.kind, stages[:at], parent)
-        accuracy, images, source = None, None, None
-        if name in verified and verified[name].accuracy is not None:
-            accuracy, images, source = verified[name].accuracy, verified[name].images, "file"
-        elif network and network.accuracy is not None:
-            accuracy, images, source = network.accuracy, network.images, "torch"
-        for row in [row for row in timed if row.file == name] or [None]:
-            found.append(
-                {
-                    "file": name,
-                    "kind": file.kind,
-                    "format": file.format,
-                    "size_bytes": file.size_bytes or None,
-                    "sha256": file.sha256,
-                    "stage": stage,
-                    "runtime": row.runtime if row else (verified[name].runtime if name in verified else None),
-                    "accuracy": accuracy,
-                    "accuracy_of": source,
-                    "images": images,
-                    "timing": row and _timing(row),
-                }
-            )
-    for file in found:
-        base = _counterpart(file, found)
-        like = base and base["accuracy_of"] == file["accuracy_of"]
-        against = base["accuracy"] if like else parent_accuracy
-        file["difference"] = _minus(file["accuracy"], against)
-        file["difference_from"] = None if file["difference"] is None else (base["file"] if like else "torch parent")
-        file["times_smaller"] = _over(base and base["size_bytes"], file["size_bytes"])
-        file["pair"] = _pair(file, base, pairs)
+    exports = _exports(stages) or {row.file: (len(stages), _as_timed(row)) for row in timed}
+    found: list[dict[str, Any]] = []
+    for name, (at, file) in exports.items():
+        own = [row for row in timed if row.file == name]
+        entry = _file(name, file, verified.get(name), *_network_of(file.kind, stages[:at], parent))
+        found += [entry | {"runtime": row.runtime, "timing": _timing(row)} for row in own] or [entry]
+    found = [entry | _against_parent(entry, found, parent, pairs) for entry in found]
     order = {kind: place for place, kind in enumerate(KINDS)}
     found.sort(key=lambda file: (order.get(file["kind"], len(order)), file["runtime"] or "", file["file"]))
     return found, stale
 
 
-def _stale(stages: list[Stage], at: int, name: str) -> str:
-    return f"{stages[at].manifest.folder} measured {name} before it was exported anew: its figures are left out"
+def _as_timed(row: Timing) -> ExportedFile:
+    """What a benchmark says of a file that no stage of the run exported."""
+    return ExportedFile(format=Path(row.file).suffix.lstrip("."), kind=row.kind, size_bytes=row.size_bytes)
 
 
-def _suffix(name: str) -> str:
-    return Path(name).suffix.lstrip(".")
+def _file(
+    name: str, file: ExportedFile, verified: VerifiedFile | None, stage: str | None, network: NetworkFigures | None
+) -> dict[str, Any]:
+    """An exported file with its accuracy: measured on it, or else that of the torch network it was made from."""
+    measured: VerifiedFile | NetworkFigures | None = None
+    source = None
+    if verified and verified.accuracy is not None:
+        measured, source = verified, "file"
+    elif network and network.accuracy is not None:
+        measured, source = network, "torch"
+    return {
+        "file": name,
+        "kind": file.kind,
+        "format": file.format,
+        "size_bytes": file.size_bytes,
+        "sha256": file.sha256,
+        "stage": stage,
+        "runtime": verified.runtime if verified else None,
+        "accuracy": measured and measured.accuracy,
+        "accuracy_of": source,
+        "images": measured and measured.images,
+        "timing": None,
+    }
+
+
+def _against_parent(
+    file: dict[str, Any], files: list[dict[str, Any]], parent: _Parent | None, pairs: list[Pair]
+) -> dict[str, Any]:
+    """How far a file is from the parent's file, or in accuracy from the torch parent where only one was verified."""
+    base = _counterpart(file, files)
+    if base and base["accuracy_of"] == file["accuracy_of"]:
+        origin, accuracy = base["file"], base["accuracy"]
+    else:
+        origin, accuracy = "torch parent", parent.figures.accuracy if parent else None
+    difference = _minus(file["accuracy"], accuracy)
+    alone = [(other["file"], other["runtime"]) for other in files].count((file["file"], file["runtime"])) == 1
+    return {
+        "difference": difference,
+        "difference_from": None if difference is None else origin,
+        "times_smaller": _over(base["size_bytes"], file["size_bytes"]) if base else None,
+        "pair": _pair(file, base, pairs, any_threads=alone),
+    }
+
+
+def _stale(stage: Stage, name: str) -> str:
+    return f"{stage.manifest.folder} measured {name} before it was exported anew: its figures are left out"
 
 
 def _timing(row: Timing) -> dict[str, Any]:
@@ -315,16 +341,20 @@ def _session(file: dict[str, Any]) -> tuple[Any, ...] | None:
     return file["timing"] and (file["runtime"], file["timing"]["threads"])
 
 
-def _pair(file: dict[str, Any], base: dict[str, Any] | None, pairs: list[Pair]) -> dict[str, Any] | None:
-    """The speed-up over the parent: measured in turns, or else the ratio of the medians, which has no interval."""
-    if file["kind"] == "parent" or not file["timing"]:
+def _pair(
+    file: dict[str, Any], base: dict[str, Any] | None, pairs: list[Pair], *, any_threads: bool
+) -> dict[str, Any] | None:
+    """The speed-up over the parent: measured in turns, or else the ratio of the medians, which has no interval.
+
+    A pair that does not name its threads counts only where `any_threads` says that there is one row it can mean.
+    """
+    if file["kind"] == "parent" or not file["timing"] or not base or _session(base) != _session(file):
         return None
+    wanted = (file["file"], base["file"], file["runtime"])
+    threads = {file["timing"]["threads"], None} if any_threads else {file["timing"]["threads"]}
     for pair in pairs:
-        if (pair.candidate, pair.runtime) == (file["file"], file["runtime"]) and base and pair.baseline == base["file"]:
-            if pair.threads in (None, file["timing"]["threads"]):
-                return pair.model_dump(mode="json", exclude={"candidate", "runtime", "threads"}) | {"by": "turns"}
-    if not base or _session(base) != _session(file):
-        return None
+        if (pair.candidate, pair.baseline, pair.runtime) == wanted and pair.threads in threads:
+            return pair.model_dump(mode="json", exclude={"candidate", "runtime", "threads"}) | {"by": "turns"}
     return {
         "baseline": base["file"],
         "speedup": base["timing"]["p50_ms"] / file["timing"]["p50_ms"],
@@ -354,7 +384,10 @@ def _stages(
     stages: list[Stage], parent: _Parent | None, files: list[dict[str, Any]], best: dict[str, Any] | None
 ) -> list[dict[str, Any]]:
     """Every stage with the network before and after it; frames per second in the headline's runtime and threads."""
-    fps = {file["stage"]: file["timing"]["fps"] for file in files if best and file["timing"] and _session(file) == _session(best)}
+    fps: dict[str | None, float] = {}
+    for file in files:
+        if best and file["timing"] and _session(file) == _session(best):
+            fps.setdefault(file["stage"], file["timing"]["fps"])
     found = []
     before = None
     if parent and parent.stage is None:
@@ -369,9 +402,11 @@ def _stages(
             | {
                 "network": after,
                 "before": before if after else None,
-                "points": after and _minus(after["accuracy"], before and before["accuracy"]),
+                "points": after and _minus(after["accuracy"], before["accuracy"] if before else None),
                 "training": [epoch.model_dump() for epoch in getattr(metrics, "history", [])],
-                "pruning": metrics.model_dump(mode="json", exclude={"history"}) if isinstance(metrics, Pruning) else None,
+                "pruning": metrics.model_dump(mode="json", exclude={"history"})
+                if isinstance(metrics, Pruning)
+                else None,
             }
         )
         before = after or before
@@ -427,202 +462,16 @@ def _over(value: float | None, other: float | None) -> float | None:
     return None if not value or not other else value / other
 
 
-# ----------------------------------------------------------------------------------------------------------- the headline
-
-
-def _machine(conditions: Conditions) -> dict[str, Any]:
-    """Who measured the latencies, and the sentence that has to stand beside every one of them."""
-    arch = conditions.arch
-    looks_arm = str(arch).lower().startswith(("aarch64", "arm"))
-    emulated = conditions.target == "emulated"
-    cpu = conditions.machine or conditions.cpu or "a CPU the benchmark did not name"
-    if emulated:
-        statement = f"Emulated figures from {cpu}: they check results and are no board's fps."
-    elif conditions.is_arm and looks_arm:
-        statement = f"Measured on {cpu} ({arch})."
-    elif arch:
-        family = "x86" if arch.lower() in ("x86_64", "amd64", "i386", "i686") else arch
-        statement = f"These are {family} figures on {cpu}, not ARM fps."
-    else:
-        statement = f"Measured on {cpu}, architecture not recorded: do not take the figures for ARM fps."
-    name = f"{cpu} ({arch})" if arch else cpu
-    return {
-        "cpu": cpu,
-        "arch": arch,
-        "is_arm": bool(conditions.is_arm and looks_arm and not emulated),
-        "emulated": emulated,
-        "statement": statement,
-        "conditions": ", ".join([*_threads(conditions.threads), f"batch {conditions.batch or 1}", name]),
-    }
-
-
-def _threads(threads: Any) -> list[str]:
-    if not isinstance(threads, int):
-        return []
-    return ["1 thread" if threads == 1 else f"{threads} threads"]
-
-
-def _headline(
-    networks: list[dict[str, Any]],
-    parent: _Parent | None,
-    best: dict[str, Any] | None,
-    baseline: dict[str, Any] | None,
-    verification: Verification | None,
-    benchmark: Benchmark | None,
-) -> dict[str, Any]:
-    """The verdict in one sentence, the figures behind it with their conditions, and what must not be overlooked."""
-    final = next((stage["network"] for stage in reversed(networks) if stage["network"]), None)
-    if best and best["kind"] == "parent" and final and not final["is_parent"]:
-        best = baseline = None  # compressed, but only the parent was exported
-    facts = {
-        "speed": _speed(best, baseline, benchmark),
-        "accuracy": _accuracy(best, baseline, final, parent),
-        "size": _size(best, baseline),
-        "compute": _compute(final, parent),
-        "parity": _parity(verification),
-    }
-    compressed = (best and best["kind"] != "parent") or (final and not final["is_parent"])
-    phrases = [fact["phrase"] for fact in facts.values() if fact["phrase"]]
-    if compressed:
-        missing = [name for name in ("speed", "accuracy", "size") if facts[name]["value"] == NOT_MEASURED]
-        sentence = ", ".join(phrases[:3]) or "compressed"
-        sentence += f"; {' and '.join(missing)} not measured" if missing else ""
-    else:
-        sentence = "Nothing compressed: " + (", ".join(phrases[:3]) or "nothing measured")
-    return {
-        "sentence": sentence[0].upper() + sentence[1:],
-        "compressed": bool(compressed),
-        "file": best and best["file"],
-        "baseline": baseline and baseline["file"],
-        "measured": _measured(best, benchmark) if best and best["timing"] and benchmark else None,
-        "facts": facts,
-    }
-
-
-def _fact(label: str, value: str, detail: str = "", condition: str = "", phrase: str = "", tone: str = "") -> dict[str, str]:
-    """`phrase` is the fact's part of the headline; `tone` is "", "good" or "bad"."""
-    return {"label": label, "value": value, "detail": detail, "condition": condition, "phrase": phrase, "tone": tone}
-
-
-def _speed(best: dict[str, Any] | None, baseline: dict[str, Any] | None, benchmark: Benchmark | None) -> dict[str, str]:
-    if not best or not best["timing"] or not benchmark:
-        return _fact("Speed", NOT_MEASURED, "no benchmark of this network in this run")
-    timing, pair, condition = best["timing"], best["pair"], _measured(best, benchmark)
-    p50, fps = wording.ms(timing["p50_ms"]), wording.fps(timing["fps"])
-    if not pair or not baseline or not baseline["timing"]:
-        return _fact("Speed", fps, f"{p50} at p50", condition, phrase=fps)
-    phrase = wording.faster(pair["speedup"], pair["interval"])
-    noisy = pair["verdict"] == "NOISY"
-    if pair["interval"]:
-        how = f"interval {pair['interval'][0]:.2f} to {pair['interval'][1]:.2f}×"
-    else:
-        how = "ratio of the medians"
-    before = baseline["timing"]
-    return _fact(
-        "Speed",
-        phrase,
-        f"{wording.three_digits(before['p50_ms'])} → {p50} p50, {wording.three_digits(before['fps'])} → {fps}",
-        f"{how}{', NOISY' if noisy else ''}; {condition}",
-        phrase=f"about {phrase}" if noisy and "no " not in phrase else phrase,
-        tone="bad" if noisy or "slower" in phrase else "good" if "faster" in phrase else "",
-    )
-
-
-def _measured(file: dict[str, Any], benchmark: Benchmark) -> str:
-    """Runtime, threads, batch and machine of a file's latency."""
-    conditions = benchmark.conditions
-    own = conditions.model_copy(update={"threads": file["timing"]["threads"] or conditions.threads})
-    version = conditions.runtimes.get(file["runtime"])
-    return f"{wording.runtime(file['runtime'], version)}, {_machine(own)['conditions']}"
-
-
-def _accuracy(
-    best: dict[str, Any] | None,
-    baseline: dict[str, Any] | None,
-    final: dict[str, Any] | None,
-    parent: _Parent | None,
-) -> dict[str, str]:
-    measured = best if best and best["accuracy"] is not None else final
-    if not measured or measured["accuracy"] is None:
-        return _fact("Accuracy", NOT_MEASURED, "neither of a file nor of a torch network")
-    accuracy, images, difference = measured["accuracy"], measured["images"], measured["difference"]
-    on_file = measured is best and best["accuracy_of"] == "file"
-    images_text = f"; {images:,} images, one is {100 / images:.2g} points" if images else ""
-    is_parent = measured["kind"] == "parent" if measured is best else measured["is_parent"]
-    if is_parent or difference is None:
-        condition = (f"measured on {best['file']}" if on_file and best else "of the torch network") + images_text
-        return _fact("Accuracy", wording.percent(accuracy), "top-1", condition, f"{wording.percent(accuracy)} accuracy")
-    if on_file and best and baseline and best["difference_from"] == baseline["file"]:
-        before, condition = baseline["accuracy"], f"measured on {baseline['file']} and {best['file']}"
-    elif on_file and best:
-        before, condition = accuracy - difference, f"measured on {best['file']}, against the torch parent"
-    else:
-        before, condition = accuracy - difference, "of the torch networks, not of exported files"
-    return _fact(
-        "Accuracy",
-        wording.points(difference),
-        f"{wording.percent(before)} → {wording.percent(accuracy)} top-1",
-        condition + images_text,
-        phrase=wording.lost(difference),
-    )
-
-
-def _size(best: dict[str, Any] | None, baseline: dict[str, Any] | None) -> dict[str, str]:
-    if not best or best["size_bytes"] is None:
-        return _fact("File size", NOT_MEASURED, "no file of this network was exported")
-    size, times = wording.size(best["size_bytes"]), best["times_smaller"]
-    if best["kind"] == "parent" or times is None or not baseline:
-        return _fact("File size", size, best["file"], phrase=size)
-    return _fact(
-        "File size",
-        wording.smaller(times),
-        f"{wording.size(baseline['size_bytes'])} → {size}",
-        f"{baseline['file']} and {best['file']}",
-        phrase=wording.smaller(times),
-        tone="good" if times > 1 else "bad",
-    )
-
-
-def _compute(final: dict[str, Any] | None, parent: _Parent | None) -> dict[str, str]:
-    if not final or final["macs"] is None:
-        return _fact("Multiply-adds", NOT_MEASURED)
-    macs, params = wording.count(final["macs"]), wording.count(final["params"])
-    times = final["times_fewer_macs"]
-    if final["is_parent"] or not parent or times is None:
-        return _fact("Multiply-adds", macs, f"{params} parameters", "one image")
-    if times == 1:
-        return _fact("Multiply-adds", "unchanged", f"{macs}; {params} parameters", "one image")
-    fewer_params = f"{wording.count(parent.figures.params)} → {params} parameters" if parent.figures.params else f"{params} parameters"
-    return _fact(
-        "Multiply-adds",
-        f"{times:.1f}× fewer" if times > 1 else f"{1 / times:.1f}× more",
-        f"{wording.count(parent.figures.macs)} → {macs}",
-        f"one image; {fewer_params}",
-    )
-
-
-def _parity(verification: Verification | None) -> dict[str, str]:
-    label = "Parity"
-    if not verification:
-        return _fact(label, NOT_MEASURED, "no verify stage in this run")
-    int8 = [agreement for agreement in verification.agreement if agreement.max_lsb is not None]
-    detail = ""
-    if int8:
-        differing, logits = sum(a.differing or 0 for a in int8), sum(a.logits or 0 for a in int8)
-        detail = f"{differing:,} of {logits:,} logits differ, by at most {max(a.max_lsb or 0 for a in int8)} LSB"
-    elif worst := [agreement.max_abs for agreement in verification.agreement if agreement.max_abs is not None]:
-        detail = f"float outputs within {max(worst):.1e}"
-    parts = [f"allowed: {verification.tolerance_lsb} LSB"] if verification.tolerance_lsb is not None and int8 else []
-    parts += [f"{verification.images:,} images"] if verification.images else []
-    tone = "good" if verification.verdict == "PASS" else "bad"
-    return _fact(label, verification.verdict, detail, ", ".join(parts), tone=tone)
+# ---------------------------------------------------------------------------------------------------- what goes with it
 
 
 def _conditions(run: RunDescription) -> dict[str, str]:
     """What the run's figures hold for, by name and in words; what the run does not say is left out."""
     data, preprocess = run.data, run.preprocess
     labels = ", ".join(data.labels[:12]) + (", …" if len(data.labels) > 12 else "")
-    images = [f"{number:,} for {use}" for number, use in ((data.train, "training"), (data.evaluation, "evaluation")) if number]
+    images = [
+        f"{number:,} for {use}" for number, use in ((data.train, "training"), (data.evaluation, "evaluation")) if number
+    ]
     found = {
         "Recipe hash": run.recipe_hash,
         "Seed": run.seed,
@@ -635,7 +484,10 @@ def _conditions(run: RunDescription) -> dict[str, str]:
         "Host CPU": run.cpu,
         "Threads in training": run.threads,
         "Platform": run.platform,
-        "Versions": {**({"compress": run.compress} if run.compress else {}), **({"Python": run.python} if run.python else {})}
+        "Versions": {
+            **({"compress": run.compress} if run.compress else {}),
+            **({"Python": run.python} if run.python else {}),
+        }
         | run.versions,
         "Started": run.started and wording.moment(run.started),
         "Time taken": None if run.seconds is None else wording.duration(run.seconds),
@@ -669,13 +521,22 @@ def _warnings(report: dict[str, Any]) -> list[str]:
     noisy = [pair for pair in (report["benchmark"] or {}).get("pairs", []) if pair["verdict"] == "NOISY"]
     if noisy:
         names = ", ".join(dict.fromkeys(pair["candidate"] for pair in noisy))
-        found.append(f"Noisy measurement ({names}): take the speed-up for a rough figure and measure again on a quiet machine.")
+        found.append(
+            f"Noisy measurement ({names}): take the speed-up for a rough figure and measure again on a quiet machine."
+        )
     if report["unfinished"]:
         found.append(f"Unfinished run: {', '.join(report['unfinished'])} left no result.")
+    last = next((stage["folder"] for stage in reversed(report["stages"]) if stage["network"]), None)
+    spoken_of = next((file for file in report["files"] if file["file"] == report["headline"]["file"]), None)
+    if last and spoken_of and spoken_of["stage"] not in (last, None):
+        found.append(
+            f"The network that {last} left was not exported: the headline speaks of {spoken_of['file']},"
+            f" made from {spoken_of['stage']}."
+        )
     return found + [f"{sentence[0].upper()}{sentence[1:]}." for sentence in report["stale"]]
 
 
-# ------------------------------------------------------------------------------------------------------------- as text
+# ------------------------------------------------------------------------------------------------------------ as text
 
 
 def as_html(report: dict[str, Any]) -> str:
@@ -701,10 +562,10 @@ def as_html(report: dict[str, Any]) -> str:
 def as_markdown(report: dict[str, Any]) -> str:
     """The report's tables for a README or a pull request."""
     environment = _environment(autoescape=False, finalize=_escape_markdown)
-    environment.filters["verbatim"] = lambda text: Markup(" ".join(text.split()))
     return environment.get_template("template.md").render(report=report)
 
 
+@cache
 def _environment(*, autoescape: bool, finalize: Callable[[Any], Any] | None = None) -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -715,9 +576,24 @@ def _environment(*, autoescape: bool, finalize: Callable[[Any], Any] | None = No
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for name in ("percent", "points", "ms", "fps", "ratio", "size", "count", "duration", "runtime", "three_digits", "smaller", "agreement", "moment"):
+    for name in (
+        "percent",
+        "points",
+        "ms",
+        "fps",
+        "ratio",
+        "size",
+        "count",
+        "duration",
+        "runtime",
+        "three_digits",
+        "smaller",
+        "agreement",
+        "moment",
+    ):
         environment.filters[name] = getattr(wording, name)
     environment.filters["as_text"] = _as_text
+    environment.filters["verbatim"] = lambda text: Markup(" ".join(text.split()))
     environment.filters["condition"] = lambda name: CONDITIONS.get(name, name.replace("_", " "))
     return environment
 

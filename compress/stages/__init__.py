@@ -17,6 +17,4 @@ from compress.stages.quantize import Quantize
 from compress.stages.train import Train
 from compress.stages.verify import Verify
 
-StageSettings = Annotated[
-    Train | Prune | Distill | Quantize | Export | Verify | Benchmark, Field(discriminator="use")
-]
+StageSettings = Annotated[Train | Prune | Distill | Quantize | Export | Verify | Benchmark, Field(discriminator="use")]

@@ -40,7 +40,7 @@ class Benchmark(Settings):
         options: dict[str, Any] = self.model_dump(exclude={"use"})
         total = len(schedule(files, runtimes=self.runtimes, rounds=self.rounds))
         with run.progress.steps("benchmark", total) as advance:
-            comparison = compare(files, target=target("local"), seed=run.seed, on_process=advance, **options)
+            comparison = compare(files, target=target(run.target), seed=run.seed, on_process=advance, **options)
         for note in _notes(self.runtimes, comparison):
             run.progress.note(note)
         (run.folder / "samples.json").write_text(json.dumps(comparison.samples), encoding="utf-8")

@@ -176,6 +176,10 @@ class Prune(Settings):
             scores = _scores(coupled, module, gradients, self.criterion, generator)
             if not scores.isfinite().all():
                 raise ModelError(coupled.producers[0], f"the {self.criterion.use} scores are not finite")
+            # Makes layers comparable. The paper of `taylor` compares raw scores, but those empty the late layers, which
+            # save few MACs (MobileNetV2 x 0.35 on digits, 32 px, half the MACs in 4 steps, BatchNorm re-estimated:
+            # accuracy 0.61 with the division, 0.33 without; one seed).
+            scores = scores / scores.mean().clamp_min(torch.finfo(scores.dtype).tiny)
             order = scores.argsort(stable=True)
             widths = _widths(coupled, module, least_widths, self.round_to)
             ranked.append(Ranking(order.tolist(), scores[order].tolist(), widths))

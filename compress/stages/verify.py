@@ -51,6 +51,9 @@ class Verify(Settings):
             }
             for name in models
         }
+        notes = sorted({note for model in models.values() for note in model.notes})
+        for note in notes:
+            run.progress.note(note)
         agreement = self._agreement(product, run, logits, frozen)
         metrics = {
             "tolerance_lsb": self.tolerance_lsb,
@@ -60,10 +63,8 @@ class Verify(Settings):
             "reason": "; ".join(pair["reason"] for pair in agreement if pair["reason"]),
             "files": files,
             "agreement": agreement,
-            "notes": sorted({note for model in models.values() for note in model.notes}),
+            "notes": notes,
         }
-        for note in metrics["notes"]:
-            run.progress.note(note)
         return replace(product, metrics=metrics)
 
     def _agreement(
@@ -82,9 +83,10 @@ class Verify(Settings):
             pair = compare_steps(a, b, _steps(frozen, logits[a]), _steps(frozen, logits[b]), self.tolerance_lsb)
             if pair["differing"]:
                 image = _image(run, pair["worst_image"])
-                pair["layers"] = compare_layers(_layers(a, product, frozen, image), _layers(b, product, frozen, image))
+                layers = compare_layers(_layers(a, product, frozen, image), _layers(b, product, frozen, image))
+                pair["layers"] = [layer for layer in layers if layer["differing"]]
             if pair["verdict"] == "FAIL":
-                first = next(layer for layer in pair["layers"] if layer["differing"])
+                first = pair["layers"][0]
                 pair["reason"] += f", first at layer {first['layer']} (up to {first['max_lsb']} LSB)"
             found.append(pair | {"kind": kind})
         return found

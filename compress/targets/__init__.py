@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
+from compress.errors import TargetError
 from compress.targets.local import Local, open_model
 
 __all__ = ["Runtime", "Target", "TargetSettings", "open_model", "target"]
@@ -34,7 +35,8 @@ class Target(Protocol):
         ...
 
 
-def target(name: TargetSettings) -> Target:
-    """The machine that a recipe names."""
-    targets: dict[TargetSettings, Target] = {"local": Local()}
-    return targets[name]
+def target(name: str) -> Target:
+    """The machine that a recipe names. Raises TargetError for a name that is none."""
+    if name == "local":
+        return Local()
+    raise TargetError(f"target {name}", "no such target", f"known: {', '.join(get_args(TargetSettings))}")

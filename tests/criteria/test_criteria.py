@@ -46,11 +46,7 @@ def test_norms_agree_with_torch_pruning(p: int) -> None:
         group = graph.get_pruning_group(root, torch_pruning.prune_conv_out_channels, list(range(root.out_channels)))
         expected = theirs(group) ** (1 / p)
         ours = norms(rows(module, coupled, lambda weight: weight.detach()), p)
-        torch.testing.assert_close(ours, expected / expected.mean())
-
-
-def test_norms_survive_a_dead_layer() -> None:
-    assert norms([torch.zeros(3, 4)], 2).tolist() == [0, 0, 0]
+        torch.testing.assert_close(ours, expected)
 
 
 def test_first_order_is_the_squared_weight_times_gradient_per_filter() -> None:

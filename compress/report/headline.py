@@ -1,0 +1,202 @@
+"""The verdict of a run in one sentence, and the figures it rests on with their conditions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compress.report import wording
+from compress.report.folder import Benchmark, Conditions, NetworkFigures, Verification
+from compress.report.wording import NOT_MEASURED
+
+
+def machine(conditions: Conditions) -> dict[str, Any]:
+    """Who measured the latencies, and the sentence that has to stand beside every one of them."""
+    arch = conditions.arch
+    looks_arm = str(arch).lower().startswith(("aarch64", "arm"))
+    emulated = conditions.target == "emulated"
+    cpu = conditions.machine or conditions.cpu or "a CPU the benchmark did not name"
+    if emulated:
+        statement = f"Emulated figures from {cpu}: they check results and are no board's fps."
+    elif conditions.is_arm and looks_arm:
+        statement = f"Measured on {cpu} ({arch})."
+    elif arch:
+        family = "x86" if arch.lower() in ("x86_64", "amd64", "i386", "i686") else arch
+        statement = f"These are {family} figures on {cpu}, not ARM fps."
+    else:
+        statement = f"Measured on {cpu}, architecture not recorded: do not take the figures for ARM fps."
+    name = f"{cpu} ({arch})" if arch else cpu
+    return {
+        "cpu": cpu,
+        "arch": arch,
+        "is_arm": bool(conditions.is_arm and looks_arm and not emulated),
+        "emulated": emulated,
+        "statement": statement,
+        "conditions": ", ".join([*_threads(conditions.threads), f"batch {conditions.batch or 1}", name]),
+    }
+
+
+def _threads(threads: Any) -> list[str]:
+    if not isinstance(threads, int):
+        return []
+    return ["1 thread" if threads == 1 else f"{threads} threads"]
+
+
+def headline(
+    networks: list[dict[str, Any]],
+    parent: NetworkFigures | None,
+    best: dict[str, Any] | None,
+    baseline: dict[str, Any] | None,
+    verification: Verification | None,
+    benchmark: Benchmark | None,
+) -> dict[str, Any]:
+    """The verdict in one sentence, the figures behind it with their conditions, and what must not be overlooked."""
+    left = {stage["folder"]: stage["network"] for stage in networks if stage["network"]}
+    final = next(reversed(left.values()), None)
+    if best and best["kind"] == "parent" and final and not final["is_parent"]:
+        best = baseline = None  # compressed, but only the parent was exported
+    if best:
+        final = left.get(best["stage"], final)  # a later stage's network has no file: the report's warnings say so
+    facts = {
+        "speed": _speed(best, baseline, benchmark),
+        "accuracy": _accuracy(best, baseline, final, parent),
+        "size": _size(best, baseline),
+        "compute": _compute(final, parent),
+        "parity": _parity(verification),
+    }
+    compressed = (best and best["kind"] != "parent") or (final and not final["is_parent"])
+    phrases = [fact["phrase"] for fact in facts.values() if fact["phrase"]]
+    if compressed:
+        missing = [name for name in ("speed", "accuracy", "size") if facts[name]["value"] == NOT_MEASURED]
+        sentence = ", ".join(phrases[:3]) or "compressed"
+        sentence += f"; {' and '.join(missing)} not measured" if missing else ""
+    else:
+        sentence = "Nothing compressed: " + (", ".join(phrases[:3]) or "nothing measured")
+    return {
+        "sentence": sentence[0].upper() + sentence[1:],
+        "compressed": bool(compressed),
+        "file": best and best["file"],
+        "baseline": baseline and baseline["file"],
+        "measured": _measured(best, benchmark) if best and best["timing"] and benchmark else None,
+        "facts": facts,
+    }
+
+
+def _fact(
+    label: str, value: str, detail: str = "", condition: str = "", phrase: str = "", tone: str = ""
+) -> dict[str, str]:
+    """`phrase` is the fact's part of the headline; `tone` is "", "good" or "bad"."""
+    return {"label": label, "value": value, "detail": detail, "condition": condition, "phrase": phrase, "tone": tone}
+
+
+def _speed(best: dict[str, Any] | None, baseline: dict[str, Any] | None, benchmark: Benchmark | None) -> dict[str, str]:
+    if not best or not best["timing"] or not benchmark:
+        return _fact("Speed", NOT_MEASURED, "no benchmark of this network in this run")
+    timing, pair, condition = best["timing"], best["pair"], _measured(best, benchmark)
+    p50, fps = wording.ms(timing["p50_ms"]), wording.fps(timing["fps"])
+    if not pair or not baseline or not baseline["timing"]:
+        return _fact("Speed", fps, f"{p50} at p50", condition, phrase=fps)
+    phrase = wording.faster(pair["speedup"], pair["interval"])
+    noisy = pair["verdict"] == "NOISY"
+    if pair["interval"]:
+        how = f"interval {pair['interval'][0]:.2f} to {pair['interval'][1]:.2f}×"
+    else:
+        how = "ratio of the medians"
+    before = baseline["timing"]
+    return _fact(
+        "Speed",
+        phrase,
+        f"{wording.three_digits(before['p50_ms'])} → {p50} p50, {wording.three_digits(before['fps'])} → {fps}",
+        f"{how}{', NOISY' if noisy else ''}; {condition}",
+        phrase=f"about {phrase}" if noisy and "no " not in phrase else phrase,
+        tone="" if noisy else "good" if "faster" in phrase else "bad" if "slower" in phrase else "",
+    )
+
+
+def _measured(file: dict[str, Any], benchmark: Benchmark) -> str:
+    """Runtime, threads, batch and machine of a file's latency."""
+    conditions = benchmark.conditions
+    own = conditions.model_copy(update={"threads": file["timing"]["threads"] or conditions.threads})
+    version = conditions.runtimes.get(file["runtime"])
+    return f"{wording.runtime(file['runtime'], version)}, {machine(own)['conditions']}"
+
+
+def _accuracy(
+    best: dict[str, Any] | None,
+    baseline: dict[str, Any] | None,
+    final: dict[str, Any] | None,
+    parent: NetworkFigures | None,
+) -> dict[str, str]:
+    measured = best if best and best["accuracy"] is not None else final
+    if not measured or measured["accuracy"] is None:
+        return _fact("Accuracy", NOT_MEASURED, "neither of a file nor of a torch network")
+    accuracy, images, difference = measured["accuracy"], measured["images"], measured["difference"]
+    on_file = measured is best and best["accuracy_of"] == "file"
+    images_text = f"; {images:,} images, one is {100 / images:.2g} points" if images else ""
+    is_parent = measured["kind"] == "parent" if measured is best else measured["is_parent"]
+    if is_parent or difference is None:
+        condition = (f"measured on {best['file']}" if on_file and best else "of the torch network") + images_text
+        return _fact("Accuracy", wording.percent(accuracy), "top-1", condition, f"{wording.percent(accuracy)} accuracy")
+    if on_file and best and baseline and best["difference_from"] == baseline["file"]:
+        before, condition = baseline["accuracy"], f"measured on {baseline['file']} and {best['file']}"
+    elif on_file and best:
+        before, condition = accuracy - difference, f"measured on {best['file']}, against the torch parent"
+    else:
+        before, condition = accuracy - difference, "of the torch networks, not of exported files"
+    return _fact(
+        "Accuracy",
+        wording.points(difference),
+        f"{wording.percent(before)} → {wording.percent(accuracy)} top-1",
+        condition + images_text,
+        phrase=wording.lost(difference),
+    )
+
+
+def _size(best: dict[str, Any] | None, baseline: dict[str, Any] | None) -> dict[str, str]:
+    if not best or best["size_bytes"] is None:
+        return _fact("File size", NOT_MEASURED, "no file of this network was exported")
+    size, times = wording.size(best["size_bytes"]), best["times_smaller"]
+    if best["kind"] == "parent" or times is None or not baseline:
+        return _fact("File size", size, best["file"], phrase=size)
+    return _fact(
+        "File size",
+        wording.smaller(times),
+        f"{wording.size(baseline['size_bytes'])} → {size}",
+        f"{baseline['file']} and {best['file']}",
+        phrase=wording.smaller(times),
+        tone="good" if times > 1 else "bad",
+    )
+
+
+def _compute(final: dict[str, Any] | None, parent: NetworkFigures | None) -> dict[str, str]:
+    if not final or final["macs"] is None:
+        return _fact("Multiply-adds", NOT_MEASURED)
+    macs, params = wording.count(final["macs"]), wording.count(final["params"])
+    times = final["times_fewer_macs"]
+    if final["is_parent"] or not parent or times is None:
+        return _fact("Multiply-adds", macs, f"{params} parameters", "one image")
+    if times == 1:
+        return _fact("Multiply-adds", "unchanged", f"{macs}; {params} parameters", "one image")
+    fewer_params = f"{wording.count(parent.params)} → {params} parameters" if parent.params else f"{params} parameters"
+    return _fact(
+        "Multiply-adds",
+        f"{times:.1f}× fewer" if times > 1 else f"{1 / times:.1f}× more",
+        f"{wording.count(parent.macs)} → {macs}",
+        f"one image; {fewer_params}",
+    )
+
+
+def _parity(verification: Verification | None) -> dict[str, str]:
+    label = "Parity"
+    if not verification:
+        return _fact(label, NOT_MEASURED, "no verify stage in this run")
+    int8 = [agreement for agreement in verification.agreement if agreement.max_lsb is not None]
+    detail = ""
+    if int8:
+        differing, logits = sum(a.differing or 0 for a in int8), sum(a.logits or 0 for a in int8)
+        detail = f"{differing:,} of {logits:,} logits differ, by at most {max(a.max_lsb or 0 for a in int8)} LSB"
+    elif worst := [agreement.max_abs for agreement in verification.agreement if agreement.max_abs is not None]:
+        detail = f"float outputs within {max(worst):.1e}"
+    parts = [f"allowed: {verification.tolerance_lsb} LSB"] if verification.tolerance_lsb is not None and int8 else []
+    parts += [f"{verification.images:,} images"] if verification.images else []
+    tone = "good" if verification.verdict == "PASS" else "bad"
+    return _fact(label, verification.verdict, detail, ", ".join(parts), tone=tone)

@@ -1,0 +1,139 @@
+"""Weights from files, good and bad."""
+
+import hashlib
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from compress.errors import ModelError
+from compress.models import file_sha256, load_weights
+from compress.models.weights import read_weights
+
+
+class Notes:
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+def network(classes=10, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, classes))
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda weights: weights,
+        lambda weights: {"state_dict": weights, "epoch": 3},
+        lambda weights: {"model": weights},
+        lambda weights: {"module." + name: tensor for name, tensor in weights.items()},
+        lambda weights: {n: t for n, t in weights.items() if not n.endswith("num_batches_tracked")},
+    ],
+)
+def test_torch_files(tmp_path, wrap):
+    progress, target = Notes(), network(seed=1)
+    torch.save(wrap(network().state_dict()), tmp_path / "weights.pth")
+    load_weights(target, tmp_path / "weights.pth", progress)
+    assert same(target, network())
+    assert progress.notes == []
+
+
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16, torch.float32])
+def test_safetensors_become_float32(tmp_path, precision):
+    stored = network().to(precision)
+    save_file(stored.state_dict(), tmp_path / "weights.safetensors")
+    target = network(seed=1)
+    load_weights(target, tmp_path / "weights.safetensors", Notes())
+    assert {p.dtype for p in target.parameters()} == {torch.float32}
+    assert same(target, stored.float())
+
+
+def test_another_number_of_classes_keeps_the_fresh_head(tmp_path):
+    torch.save(network(1000).state_dict(), tmp_path / "weights.pt")
+    progress, target = Notes(), network(10, seed=1)
+    fresh = target[3].weight.clone()
+    load_weights(target, tmp_path / "weights.pt", progress)
+    assert progress.notes == ["head replaced: 1000 -> 10 classes"]
+    assert torch.equal(target[3].weight, fresh)
+    assert torch.equal(target[0].weight, network(1000)[0].weight)
+
+
+def test_every_difference_is_counted_and_named_and_nothing_loaded(tmp_path):
+    weights = network().state_dict()
+    del weights["1.running_mean"]
+    weights["5.weight"] = torch.zeros(1)
+    weights["0.bias"] = torch.zeros(8)
+    torch.save(weights, tmp_path / "weights.pth")
+    target = network(seed=1)
+    with pytest.raises(ModelError) as caught:
+        load_weights(target, tmp_path / "weights.pth", Notes())
+    assert str(caught.value) == (
+        f"{tmp_path / 'weights.pth'}: does not fit the network: 1 missing: 1.running_mean; "
+        "1 not in the network: 5.weight; 1 of another shape: 0.bias ([8] for [4])"
+    )
+    assert same(target, network(seed=1))
+
+
+def test_a_missing_head_is_not_a_foreign_head(tmp_path):
+    weights = {name: tensor for name, tensor in network().state_dict().items() if not name.startswith("3.")}
+    torch.save(weights, tmp_path / "weights.pth")
+    with pytest.raises(ModelError, match=r"2 missing: 3.bias, 3.weight"):
+        load_weights(network(), tmp_path / "weights.pth", Notes())
+
+
+def whole(path):
+    torch.save(network(1000).state_dict(), path)
+
+
+def truncated(path):
+    whole(path)
+    path.write_bytes(path.read_bytes()[:3000])
+
+
+def old_truncated(path):
+    torch.save(network(1000).state_dict(), path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[:3000])
+
+
+def safe_truncated(path):
+    save_file(network(1000).state_dict(), path)
+    path.write_bytes(path.read_bytes()[:3000])
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "message"),
+    [
+        ("a.pth", lambda path: None, "no such file"),
+        ("a.pth", truncated, "is no whole weights file"),
+        ("a.pth", old_truncated, "is no whole weights file"),
+        ("a.safetensors", safe_truncated, "is no whole weights file"),
+        ("a.safetensors", whole, "is no whole weights file"),
+        ("a.pth", lambda path: path.write_bytes(b""), "is no whole weights file"),
+        ("a.pth", lambda path: path.write_text("hello"), "is no whole weights file"),
+        ("a.pth", lambda path: torch.save(network(), path), "holds Python objects, which could run code"),
+        ("a.pth", lambda path: path.write_bytes(pickle.dumps(pytest.raises)), "is no whole|Python objects"),
+        ("a.pth", lambda path: torch.save({"epoch": 3}, path), "holds no weights"),
+        ("a.pth", lambda path: torch.save({}, path), "holds no weights"),
+        ("a.pth", lambda path: torch.save([torch.zeros(1)], path), "holds no weights"),
+    ],
+)
+def test_files_without_weights(tmp_path, name, write, message):
+    write(tmp_path / name)
+    with pytest.raises(ModelError, match=message) as caught:
+        read_weights(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_file_sha256(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert file_sha256(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()

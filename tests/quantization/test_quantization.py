@@ -1,0 +1,212 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import PREPROCESS, SmallNet, Stripes, randomized
+from torch import nn
+from torch.nn import functional as F
+
+from compress.errors import ModelError
+from compress.product import Preprocess
+from compress.quantization import (
+    ActivationQuantizer,
+    Quantization,
+    QuantizedConv2d,
+    calibrate,
+    fold_batchnorm,
+    freeze,
+    prepare,
+)
+
+CPU = torch.device("cpu")
+
+
+def prepared(module: nn.Module, stripes: Stripes, **settings: bool) -> torch.fx.GraphModule:
+    graph = prepare(module, Quantization(**settings), PREPROCESS)
+    calibrate(graph, stripes.batches("train", batch_size=16), CPU)
+    return graph.eval()
+
+
+def test_folding_batchnorm_changes_no_output(stripes):
+    module = randomized(SmallNet())
+    before = copy.deepcopy(module.state_dict())
+    folded = fold_batchnorm(module)
+    assert not any(isinstance(child, nn.BatchNorm2d) for child in folded.modules())
+    images = stripes.splits["evaluation"][0]
+    torch.testing.assert_close(folded(images), module(images), rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+
+
+def test_batchnorm_without_a_layer_of_its_own_stays_and_is_refused():
+    class PreActivation(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Linear(8, 5)
+
+        def forward(self, x):
+            x = self.conv(x)
+            x = x + self.norm(x)
+            return self.head(x.mean((2, 3)))
+
+    with pytest.raises(ModelError, match="layer norm: operator BatchNorm2d has no int8 counterpart"):
+        prepare(PreActivation(), Quantization(), PREPROCESS)
+
+
+@pytest.mark.parametrize("nonnegative", [True, False])
+def test_the_quantizer_equals_the_affine_formula(nonnegative):
+    """Independent computation: equation 1 of Jacob et al. (2018), halves to even."""
+    quantizer = ActivationQuantizer("x", nonnegative=nonnegative)
+    quantizer.set_range(-1.3, 2.9)
+    scale, zero_point = quantizer.grid()
+    x = torch.linspace(-4, 4, 10_001)
+    steps = np.clip(np.rint(x.numpy() / np.float32(scale)) + zero_point, -128, 127)
+    expected = (steps - zero_point) * np.float32(scale)
+    # torch multiplies by 1/scale, so a value within rounding of a half may fall to the neighbouring step
+    off = np.abs(quantizer(x).detach().numpy() - expected) / scale
+    assert (off > 0.01).mean() < 1e-3
+    assert off.max() < 1.01
+    assert (zero_point == -128) == nonnegative
+
+
+def test_the_gradient_of_the_step_size_is_the_papers():
+    """LSQ, equation 3, with g = 1 / sqrt(N * Qp) of section 2.2, summed by hand over a few values."""
+    quantizer = ActivationQuantizer("x", nonnegative=True)
+    with torch.no_grad():
+        quantizer.scale.fill_(0.1)
+    x = torch.tensor([[-1.0, 0.123, 7.777, 30.0]], dtype=torch.float32)
+    quantizer(x).sum().backward()
+    ratios = x[0].double().numpy() / 0.1
+    inside = [np.rint(r) - r for r in ratios[1:3]]
+    by_hand = (0 + sum(inside) + 255) / np.sqrt(4 * 127)  # below: 0 steps above zero; beyond: 255
+    assert quantizer.scale.grad.item() == pytest.approx(by_hand, rel=1e-3)
+
+
+def test_a_relu6_grid_never_passes_six():
+    quantizer = ActivationQuantizer("x", nonnegative=True, limit=6.0)
+    with torch.no_grad():
+        quantizer.scale.fill_(5.0)
+    assert quantizer(torch.tensor([100.0])).item() == pytest.approx(6.0, rel=1e-6)
+    assert quantizer(torch.tensor([-100.0])).item() == 0.0
+
+
+def test_weights_are_on_symmetric_grids_per_channel():
+    conv = nn.Conv2d(4, 6, 3)
+    quantized = QuantizedConv2d.of(conv)
+    integers = quantized.integers()
+    assert integers.dtype == torch.int8
+    assert integers.flatten(1).abs().amax(1).tolist() == [127] * 6
+    rounded = integers * quantized.weight_scale.view(-1, 1, 1, 1)
+    assert ((rounded - conv.weight).abs() <= quantized.weight_scale.view(-1, 1, 1, 1) / 2 * 1.0001).all()
+
+
+def test_input_grid_keeps_all_pixel_values_apart():
+    """With mean = std = 0.5 a grid of 255 steps would put pixels half-way between steps and merge them in pairs."""
+    graph = prepare(SmallNet(), Quantization(), PREPROCESS)
+    quantizer = next(m for m in graph.modules() if isinstance(m, ActivationQuantizer) and m.layer == "input")
+    pixels = torch.arange(256, dtype=torch.float32) / 127.5 - 1
+    assert len(quantizer(pixels).unique()) >= 255
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"), [((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.0,) * 3, (1.0,) * 3), ((0.5,) * 3, (0.5,) * 3)]
+)
+def test_input_grid_covers_every_pixel_value_of_every_channel(mean, std):
+    graph = prepare(SmallNet(), Quantization(), Preprocess(size=16, mean=mean, std=std))
+    quantizer = next(m for m in graph.modules() if isinstance(m, ActivationQuantizer) and m.layer == "input")
+    extremes = torch.tensor([(pixel - m) / s for pixel in (0, 1) for m, s in zip(mean, std, strict=True)])
+    assert ((quantizer(extremes) - extremes).abs() <= quantizer.scale * 0.501).all()
+
+
+@pytest.mark.parametrize("learn", [True, False])
+def test_fake_quant_stays_close_and_frozen_equals_it(stripes, learn):
+    module = randomized(SmallNet())
+    graph = prepared(module, stripes, learn_activations=learn)
+    frozen = freeze(graph)
+    images = stripes.splits["evaluation"][0]
+    float_NK, fake_NK, frozen_NK = module(images), graph(images), frozen.module(images)
+    assert (fake_NK.argmax(1) == float_NK.argmax(1)).float().mean() >= 0.9
+    assert (frozen.steps(fake_NK) - frozen.steps(frozen_NK)).abs().max() <= 1
+    assert (frozen_NK - fake_NK).abs().mean() < 0.1 * frozen.output.scale
+
+
+def test_frozen_network_equals_integer_arithmetic(stripes):
+    """The first layer, recomputed in int64 from the integers that go into the files."""
+    graph = prepared(randomized(SmallNet()), stripes)
+    frozen = freeze(graph)
+    images = stripes.splits["evaluation"][0][:4]
+    seen = {}
+    for grid in frozen.grids():
+        grid.register_forward_hook(lambda grid, _, out: seen.setdefault(grid.layer, (grid, out)))
+    frozen.module(images)
+    grid_in, x = seen["input"]
+    grid_out, y = seen["stem"]
+    steps = torch.round(x / grid_in.scale).to(torch.int64)
+    layer = frozen.integers["stem"]
+    sums = F.conv2d(F.pad(steps, (0, 1, 0, 1)).double(), layer.weight.double(), stride=2).to(torch.int64)
+    sums += layer.bias.view(1, -1, 1, 1)
+    real = sums.double() * layer.bias_scale.double().view(1, -1, 1, 1)
+    expected = (torch.round(real / grid_out.scale) + grid_out.zero_point).clamp(0, 255) - grid_out.zero_point
+    difference = (torch.round(y / grid_out.scale) - expected).abs()
+    assert difference.max() <= 1
+    assert (difference > 0).double().mean() < 1e-3
+    assert layer.bias_scale.equal(torch.tensor(grid_in.scale, dtype=torch.float32) * layer.weight_scale)
+
+
+def test_every_frozen_operator_stands_between_grids(stripes):
+    frozen = freeze(prepared(randomized(SmallNet()), stripes))
+    names = [grid.layer for grid in frozen.grids()]
+    assert len(names) == len(set(names))
+    assert {"input", "stem", "depthwise", "point", "add", "down", "pool", "view", "head"} <= set(names)
+    assert not any(isinstance(child, (nn.ReLU, nn.ReLU6)) for child in frozen.module.modules())
+
+
+def test_preparing_changes_neither_bytes_nor_mode_of_the_input(stripes):
+    module = randomized(SmallNet())
+    before = copy.deepcopy(module.state_dict())
+    prepared(module, stripes)
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+    assert not module.training
+
+
+def test_grids_and_weights_learn(stripes):
+    graph = prepared(randomized(SmallNet()), stripes).train()
+    images, labels = stripes.splits["train"]
+    F.cross_entropy(graph(images), labels).backward()
+    without = [name for name, p in graph.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+def test_unsupported_operators_are_refused_by_layer_before_training():
+    class Gelu(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.act, self.head = nn.Conv2d(3, 8, 1), nn.GELU(), nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.head(self.act(self.conv(x)).mean((2, 3)))
+
+    with pytest.raises(ModelError, match="layer act: operator GELU has no int8 counterpart"):
+        prepare(Gelu(), Quantization(), PREPROCESS)
+
+
+def test_data_dependent_control_flow_is_refused():
+    class Branches(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ModelError, match="cannot be traced"):
+        prepare(Branches(), Quantization(), PREPROCESS)
+
+
+def test_a_layer_used_twice_is_refused():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 3, 1), nn.Linear(3, 5)
+
+        def forward(self, x):
+            return self.head(self.conv(self.conv(x)).mean((2, 3)))
+
+    with pytest.raises(ModelError, match="layer conv: runs twice"):
+        prepare(Twice(), Quantization(), PREPROCESS)
