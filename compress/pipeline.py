@@ -76,7 +76,7 @@ def run_recipe(
         began = time.perf_counter()
         notes = Notes(quiet)
         state = _State(recipe, folder, data, device, notes, rank, world_size, base)
-        _preflight(state)
+        state.data = _preflight(state)
         facts = _facts(state, command)
         if rank == 0:
             write_json(folder / "run.json", facts)
@@ -286,18 +286,31 @@ def _first_network(recipe: Recipe, data: Data, progress: Progress, base: Path) -
     return Network(module.eval(), structure)
 
 
-def _preflight(state: _State) -> None:
-    """Asks every stage about the network before any of them trains: a refusal after an hour helps nobody."""
-    if state.rank != 0:
-        return
+def _preflight(state: _State) -> Data:
+    """Asks every stage about the network before any of them trains: a refusal after an hour helps nobody.
+
+    Returns the data in the memory order that the network can read.
+    """
     recipe = state.recipe
-    if state.recipe.model.weights and not (state.base / state.recipe.model.weights).is_file():
-        raise ModelError(state.base / state.recipe.model.weights, "no such weights file", "correct `model.weights`")
     module = _first_network(recipe, state.data, Silent(), state.base).module
     for stage in recipe.stages:
         ask = getattr(stage, "check", None)
         if ask is not None:
             ask(module, recipe.preprocess)
+    if _reads_channels_last(module, recipe.preprocess.size):
+        return state.data
+    state.notes.note("the network uses .view, so batches stay in NCHW order; .flatten or .reshape would train faster")
+    return state.data.in_nchw()
+
+
+def _reads_channels_last(module: torch.nn.Module, size: int) -> bool:
+    images = torch.zeros(2, 3, size, size).to(memory_format=torch.channels_last)
+    try:
+        with torch.no_grad():
+            module(images)
+    except RuntimeError:  # in NCHW it has just answered `models.check`
+        return False
+    return True
 
 
 def _describe(network: Network, data: Data, device: torch.device, progress: Progress) -> dict[str, Any]:

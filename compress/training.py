@@ -78,7 +78,8 @@ def fit(
         return student.eval(), []
     torch.manual_seed(run.seed)
     trained = _choose_parameters(student, settings.only, label)
-    student.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    layout = torch.channels_last if run.data.channels_last else torch.contiguous_format
+    student.to(run.device, memory_format=layout)  # type: ignore[call-overload]
     student.train()
     if settings.only:
         _freeze_statistics(student, trained)

@@ -37,7 +37,7 @@ class SmallNet(nn.Module):
         y = self.relu(self.depthwise_bn(self.depthwise(x)))
         x = torch.relu(x + self.point(y))
         x = self.pool(self.down(x))
-        return self.head(self.dropout(x.view(x.size(0), -1)))
+        return self.head(self.dropout(x.reshape(x.size(0), -1)))
 
 
 def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -61,6 +61,7 @@ class Stripes:
     labels = ("a", "b", "c", "d", "e")
     preprocess = PREPROCESS
     fingerprint = "stripes"
+    channels_last = True
 
     def __init__(self, train: int = 64, evaluation: int = 40) -> None:
         generator = torch.Generator().manual_seed(7)

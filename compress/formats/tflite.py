@@ -437,7 +437,8 @@ class _Translation:
         if grid and quantize and self.graph.grid(quantize) == grid:
             self.done.add(quantize)
             value = quantize.output
-        self.values[value] = self.file.tensor(value, shape, grid, nonnegative=inputs[0].nonnegative)
+        nonnegative = grid is None and inputs[0].nonnegative
+        self.values[value] = self.file.tensor(value, shape, grid, nonnegative=nonnegative)
         self.file.operator(op, inputs, self.values[value], options)
 
     def on_grid(self, name: str, grid: Grid, result: str) -> Tensor:

@@ -59,7 +59,7 @@ class Tensor:
     shape: Shape
     grid: Grid | None = None
     nonnegative: bool = False
-    """No element is below zero, whatever the input: a zero can pad it for a maximum."""
+    """Of a float tensor: no element is below zero, whatever the input, so that zeros can pad it for a maximum."""
 
 
 class _Buffer(schema.BufferT):

@@ -1,6 +1,7 @@
 """Fake quantization with learned step sizes: Esser et al., 2020 (arXiv:1902.08153), equations 1 to 3, section 2.2.
 
-An activation's grid has 256 steps, stored as int8 here (-128..127); formats may write the same grid as uint8.
+An activation's grid has 256 steps, numbered 0..255 as in ONNX; TFLite numbers the same grid -128..127. (torch's learnable
+fake quant truncates instead of rounding negative zero points in its backward pass, so -128..127 would bias gradients.)
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-QMIN, QMAX = -128, 127
+QMIN, QMAX = 0, 255
 WEIGHT_QMAX = 127
 """Weights use -127..127: symmetric, so that zero points are zero and no kernel overflows on -128 x -128."""
 SMALLEST_SCALE = 1e-8
@@ -27,9 +28,9 @@ def weight_scales(weight: Tensor) -> Tensor:
 class ActivationQuantizer(nn.Module):
     """Rounds a tensor to its grid in the forward pass and passes gradients to the tensor and to the grid.
 
-    While `calibrating`, it lets tensors pass and averages their extremes over batches. `nonnegative` is for what comes
-    out of a ReLU: the zero point is the lowest step, so that the grid itself does the clipping, and `limit` (6 for ReLU6)
-    bounds its upper end likewise. `learned=False` keeps scale and zero point where calibration put them.
+    While `calibrating`, it lets tensors pass and averages their extremes over batches. `nonnegative` is for what
+    comes out of a ReLU: the zero point is the lowest step, so that the grid itself does the clipping, and `limit` (6 for
+    ReLU6) bounds its upper end likewise. `learned=False` keeps scale and zero point where calibration put them.
     """
 
     def __init__(self, layer: str, *, nonnegative: bool = False, limit: float | None = None, learned: bool = True):
@@ -58,7 +59,7 @@ class ActivationQuantizer(nn.Module):
         return scale.clamp_max(self.limit / (QMAX - QMIN)) if self.limit else scale
 
     def grid(self) -> tuple[float, int]:
-        """The scale (a float32 value) and the zero point in -128..127 that the exported files get."""
+        """The scale (a float32 value) and the zero point in 0..255 that the exported files get."""
         zero_point = int(torch.round(self.zero_point.detach()).clamp(QMIN, QMAX))
         return float(self.positive_scale().detach()), zero_point
 
@@ -82,7 +83,7 @@ class ActivationQuantizer(nn.Module):
                 self.extremes += (extremes - self.extremes) / self.batches
                 self.set_range(float(self.extremes[0]), float(self.extremes[1]))
             return x
-        gradient_scale = 1.0 / math.sqrt(x[0].numel() * QMAX)
+        gradient_scale = 1.0 / math.sqrt(x[0].numel() * (QMAX - QMIN) / 2)
         fake: Tensor = torch._fake_quantize_learnable_per_tensor_affine(
             x, self.positive_scale(), self.zero_point, QMIN, QMAX, gradient_scale
         )

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.ao.quantization.fx import _decomposed  # noqa: F401
 from torch.nn import functional as F
 
-from compress.quantization.fake_quant import QMIN, ActivationQuantizer, QuantizedConv2d, QuantizedLinear
+from compress.quantization.fake_quant import ActivationQuantizer, QuantizedConv2d, QuantizedLinear
 from compress.quantization.graph import CALLS, insert_after, is_in, is_tensor, kind_of, set_module
 from compress.quantization.prepare import PAD, PASS, REARRANGE
 
@@ -93,7 +93,7 @@ def freeze(prepared: fx.GraphModule) -> Frozen:
         kind = kind_of(node, modules)
         if isinstance(kind, ActivationQuantizer):
             scale, zero_point = kind.grid()
-            grids[node] = _add_grid(module, node, Grid(unused(kind.layer), scale, zero_point - QMIN))
+            grids[node] = _add_grid(module, node, Grid(unused(kind.layer), scale, zero_point))
             source = node.args[0]
             if kind.nonnegative and source.op in CALLS:
                 source.replace_all_uses_with(source.args[0], delete_user_cb=lambda user, node=node: user is node)

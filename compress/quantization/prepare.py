@@ -23,7 +23,7 @@ class Quantization(Settings):
     """How the network is quantized: part of a saved network's structure."""
 
     learn_activations: bool = True
-    """Train the scales and zero points of activations, not only those of weights. Off, a step takes about a third less."""
+    """Train the scales and zero points of activations, not only those of weights."""
 
 
 RELU: tuple[Any, ...] = (nn.ReLU, F.relu, torch.relu, "relu", "relu_")
@@ -53,7 +53,7 @@ REARRANGE: tuple[Any, ...] = (
     torch.transpose,
     "transpose",
 )
-"""Their results consist of values of their input (padding: and zero, which every grid holds), so they need no rounding."""
+"""Their results consist of values of their input (and zeros, which every grid holds), so they need no rounding."""
 PAD: tuple[Any, ...] = (nn.ZeroPad2d, F.pad)
 PASS: tuple[Any, ...] = (nn.Dropout, nn.Dropout2d, F.dropout, nn.Identity, "contiguous", "detach")
 """They change nothing at inference."""
@@ -149,7 +149,7 @@ def _input_quantizer(preprocess: Preprocess) -> ActivationQuantizer:
     low, high = min(low, 0.0), max(high, 0.0)
     scale = (high - low) / (QMAX - QMIN - 1)
     quantizer.scale.fill_(scale)
-    quantizer.zero_point.fill_(float(round(QMIN + 0.5 - low / scale)))
+    quantizer.zero_point.fill_(float(round(0.5 - low / scale)))
     return quantizer
 
 

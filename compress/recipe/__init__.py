@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -165,10 +166,11 @@ def dump(recipe: Recipe) -> str:
 
 
 def _laid_out(value: Any) -> Any:
-    """`use` first in its mapping, lists of scalars on one line, escapes where a character would not survive."""
+    """`use` first in its mapping, lists of scalars on one line, text in quotes unless it is a plain word."""
     if isinstance(value, dict):
         return {_laid_out(key): _laid_out(value[key]) for key in sorted(value, key=lambda key: key != "use")}
-    if isinstance(value, str) and not value.isprintable():
+    if isinstance(value, str) and not re.fullmatch(r"[\w./:-]*", value):
+        # Left to itself, ruamel.yaml 0.19 writes `?0` and U+0085 in ways that it reads back as something else.
         return DoubleQuotedScalarString(value)
     if isinstance(value, list):
         items = CommentedSeq(_laid_out(item) for item in value)

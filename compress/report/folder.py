@@ -90,6 +90,8 @@ class Agreement(Part):
     differing: int | None = None
     max_lsb: int | None = None
     max_abs: float | None = None
+    max_relative: float | None = None
+    """`max_abs` over the largest logit."""
     top1_agreement: float | None = None
     histogram: dict[int, NonNegativeInt] = {}
     """Number of logits by how many steps of the output's grid they differ."""
@@ -97,8 +99,12 @@ class Agreement(Part):
 
 class Verification(Part):
     tolerance_lsb: int | None = None
+    tolerance_float: float | None = None
+    """Largest `max_relative` allowed between float files."""
     images: int | None = None
     verdict: str
+    reason: str = ""
+    """Why not PASS."""
     files: dict[str, VerifiedFile] = {}
     agreement: list[Agreement] = []
     notes: list[str] = []
@@ -136,8 +142,7 @@ class Timing(Part):
     first_ms: NonNegativeFloat | None = None
     peak_rss_mb: NonNegativeFloat | None = None
     samples: int | None = None
-    size_bytes: int | None = None
-    notes: list[str] = []
+    size_bytes: PositiveInt | None = None
 
 
 class Pair(Part):
@@ -152,6 +157,8 @@ class Pair(Part):
     aa_ratio: float | None = None
     """The baseline against itself: what the machine calls a difference where there is none."""
     verdict: str | None = None
+    reasons: list[str] = []
+    """Why NOISY."""
 
 
 class Benchmark(Part):
@@ -186,6 +193,13 @@ METRICS: dict[str, type[Metrics]] = {
 """By stage; any other stage is one that may have trained."""
 
 
+class ProductFolders(Part):
+    """Where the product lay after a stage, relative to the run's folder."""
+
+    parent: str | None = None
+    """`stages/01-train/network`; None while nothing was compressed."""
+
+
 class Manifest(Part):
     stage: str
     index: int
@@ -194,6 +208,7 @@ class Manifest(Part):
     seconds: float | None = None
     finished: str | None = None
     resumed: bool = False
+    product: ProductFolders = ProductFolders()
     notes: list[str] = []
     network: NetworkFigures | None = None
     metrics: dict[str, Any] = {}
@@ -206,11 +221,6 @@ class DataDescription(Part):
     evaluation: int | None = None
     fingerprint: str | None = None
     notes: list[str] = []
-
-
-class ParentFigures(NetworkFigures):
-    stage: str | None = None
-    """Folder of the stage that left it; None for a network that came with its weights."""
 
 
 class RunDescription(Part):
@@ -231,8 +241,6 @@ class RunDescription(Part):
     data: DataDescription = DataDescription()
     preprocess: dict[str, Any] = {}
     model: dict[str, Any] = {}
-    parent: ParentFigures | None = None
-    """The network before anything was taken from it, where the pipeline says which one that is."""
     stages: list[str] | None = None
 
 
@@ -263,9 +271,13 @@ def read_folder(path: Path) -> RunFolder:
     if folders is None:
         folders = sorted(manifest.parent.name for manifest in path.glob("stages/*/manifest.json"))
     manifests = {name: path / "stages" / name / "manifest.json" for name in folders}
+    if not manifests:
+        raise RunFolderError(
+            path, "no stage of this run has ended", "run its recipe again: it goes on where it stopped"
+        )
     stages = [_stage(manifest) for manifest in manifests.values() if manifest.is_file()]
     if not stages:
-        raise RunFolderError(path, "no stage of this run has finished", "run its recipe first")
+        raise RunFolderError(path, "none of its stages left a manifest", "run its recipe again")
     recipe = path / "recipe.yaml"
     return RunFolder(
         run=run,

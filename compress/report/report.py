@@ -40,14 +40,11 @@ COMPRESSING = ("prune", "quantize")
 
 KINDS = ("parent", "float", "int8")
 
-CONDITIONS = {
-    "arch": "architecture",
-    "cpu": "CPU",
-    "os": "system",
-    "ram_gb": "RAM, GB",
-    "temperature_c": "temperature, °C",
-}
-"""Names of a benchmark's conditions for people; the others are read as they are."""
+CONDITIONS = {"arch": "architecture", "cpu": "CPU", "os": "system"}
+"""A benchmark's conditions that have another name for people."""
+
+UNITS = {"gb": "GB", "mhz": "MHz", "c": "°C", "s": "s"}
+"""What a condition's name may end with."""
 
 FORMAT = 1
 """Of report.json; goes up when a field changes its meaning."""
@@ -100,7 +97,7 @@ def read_report(run_folder: Path) -> dict[str, Any]:
             benchmark=benchmark and benchmark[1],
         ),
         "machine": benchmark and machine(benchmark[1].conditions),
-        "run": folder.run.model_dump(mode="json", exclude={"parent", "name"}),
+        "run": folder.run.model_dump(mode="json", exclude={"name"}),
         "recipe": folder.recipe,
         "unfinished": folder.unfinished,
         "stale": stale,
@@ -193,8 +190,12 @@ class _Parent:
 
 def _parent(folder: RunFolder) -> _Parent | None:
     """The network before anything was taken from it, None where the run does not say anything of it."""
-    if folder.run.parent:
-        return _Parent(folder.run.parent, folder.run.parent.stage)
+    networks = {stage.manifest.folder: stage.manifest.network for stage in folder.stages if stage.manifest.network}
+    for stage in reversed(folder.stages):
+        named = stage.manifest.product.parent
+        figures = networks.get(Path(named).parent.name) if named else None
+        if named and figures:
+            return _Parent(figures, Path(named).parent.name)
     found = None
     for stage in folder.stages:
         manifest = stage.manifest
@@ -502,8 +503,6 @@ def _notes(folder: RunFolder) -> list[dict[str, Any]]:
         own = list(stage.manifest.notes)
         if isinstance(stage.metrics, (Verification, Benchmark)):
             own += stage.metrics.notes
-        if isinstance(stage.metrics, Benchmark):
-            own += [f"{row.file}: {note}" for row in stage.metrics.rows for note in row.notes]
         found.append((stage.manifest.folder, own))
     return [{"where": where, "texts": list(dict.fromkeys(texts))} for where, texts in found if texts]
 
@@ -514,7 +513,7 @@ def _warnings(report: dict[str, Any]) -> list[str]:
     if report["verify"] and report["verify"]["verdict"] != "PASS":
         found.append(
             f"Parity {report['verify']['verdict']}: exported files do not agree with the network they were made from."
-            " Do not ship them."
+            f" Do not ship them. {report['verify']['reason']}".rstrip()
         )
     if report["machine"] and not report["machine"]["is_arm"]:
         found.append(report["machine"]["statement"])
@@ -524,14 +523,26 @@ def _warnings(report: dict[str, Any]) -> list[str]:
         found.append(
             f"Noisy measurement ({names}): take the speed-up for a rough figure and measure again on a quiet machine."
         )
+    files = {file["file"]: file for file in report["files"]}
+    best = files.get(report["headline"]["file"])
+    if best and best["timing"]:
+        quicker = [
+            file
+            for file in files.values()
+            if _session(file) == _session(best) and file["timing"]["p50_ms"] < best["timing"]["p50_ms"]
+        ]
+        found += [
+            f"{file['file']} is faster here than {best['file']}:"
+            f" {wording.ms(file['timing']['p50_ms'])} against {wording.ms(best['timing']['p50_ms'])} at p50."
+            for file in quicker
+        ]
     if report["unfinished"]:
         found.append(f"Unfinished run: {', '.join(report['unfinished'])} left no result.")
     last = next((stage["folder"] for stage in reversed(report["stages"]) if stage["network"]), None)
-    spoken_of = next((file for file in report["files"] if file["file"] == report["headline"]["file"]), None)
-    if last and spoken_of and spoken_of["stage"] not in (last, None):
+    if last and best and best["stage"] not in (last, None):
         found.append(
-            f"The network that {last} left was not exported: the headline speaks of {spoken_of['file']},"
-            f" made from {spoken_of['stage']}."
+            f"The network that {last} left was not exported: the headline speaks of {best['file']},"
+            f" made from {best['stage']}."
         )
     return found + [f"{sentence[0].upper()}{sentence[1:]}." for sentence in report["stale"]]
 
@@ -594,8 +605,16 @@ def _environment(*, autoescape: bool, finalize: Callable[[Any], Any] | None = No
         environment.filters[name] = getattr(wording, name)
     environment.filters["as_text"] = _as_text
     environment.filters["verbatim"] = lambda text: Markup(" ".join(text.split()))
-    environment.filters["condition"] = lambda name: CONDITIONS.get(name, name.replace("_", " "))
+    environment.filters["condition"] = _condition
     return environment
+
+
+def _condition(name: str) -> str:
+    """`ram_gb` as `ram, GB`."""
+    words, _, unit = name.rpartition("_")
+    if words and unit in UNITS:
+        return f"{words.replace('_', ' ')}, {UNITS[unit]}"
+    return CONDITIONS.get(name, name.replace("_", " "))
 
 
 def _escape_markdown(value: Any) -> Any:

@@ -80,4 +80,4 @@ def _teacher(distillation: Distillation, product: Product, run: Run) -> nn.Modul
                 "name a network trained on the same classes",
             )
     teacher = copy.deepcopy(network.module).requires_grad_(False).eval()
-    return teacher.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return teacher.to(run.device)

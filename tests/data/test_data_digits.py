@@ -9,7 +9,7 @@ from PIL import Image
 
 from compress.data import Digits, open_data
 from compress.data.augment import AugmentDigit, AugmentPhoto, random_crop
-from compress.data.loader import ImageData, normalize
+from compress.data.loader import ImageData
 from compress.data.pixels import pixels
 from compress.data.split import holdout
 from compress.errors import DataError
@@ -64,12 +64,19 @@ def test_batches_are_channels_last_and_normalised_like_preprocess(data):
     assert (batch.images_NCHW.permute(0, 2, 3, 1).numpy() == expected).all()
 
 
-def test_normalize_is_bit_equal_to_preprocess_and_to_torch():
+def test_nchw_order_has_the_same_values(data):
+    ordered, plain = (next(iter(d.batches("evaluation", batch_size=7))) for d in (data, data.in_nchw()))
+    assert plain.images_NCHW.is_contiguous()
+    assert torch.equal(ordered.images_NCHW, plain.images_NCHW)
+
+
+def test_normalize_is_bit_equal_to_the_formula_in_numpy_and_torch():
     preprocess = Preprocess(size=16)
     raw = np.arange(256 * 3, dtype=np.int64).reshape(1, 16, 16, 3) % 256
     raw = np.concatenate([np.roll(raw, shift) for shift in range(3)]).astype(np.uint8)
     expected = preprocess.normalize(raw)
-    assert (normalize(raw, preprocess) == expected).all()
+    mean, std = np.asarray(preprocess.mean, np.float32), np.asarray(preprocess.std, np.float32)
+    assert ((raw.astype(np.float32) / np.float32(255) - mean) / std == expected).all()
     by_torch = (torch.from_numpy(raw).float() / 255 - torch.tensor(preprocess.mean)) / torch.tensor(preprocess.std)
     assert (by_torch.numpy() == expected).all()
 

@@ -432,11 +432,13 @@ def test_parity_failure_noise_and_unfinished_stages_are_on_top(tmp_path: Path) -
     noisy = benchmark()
     for pair in noisy["pairs"]:
         pair["verdict"] = "NOISY"
-    write_run(tmp_path, (*WHOLE[:5], ("verify", None, verify(verdict="FAIL")), ("benchmark", None, noisy)))
+    failed = verify(verdict="FAIL") | {"reason": "int8.onnx and int8.tflite differ by 9 LSB, allowed 1"}
+    write_run(tmp_path, (*WHOLE[:5], ("verify", None, failed), ("benchmark", None, noisy)))
     run = json.loads((tmp_path / "run.json").read_text())
     (tmp_path / "run.json").write_text(json.dumps(run | {"stages": [*run["stages"], "08-benchmark"]}))
     report = read_report(tmp_path)
     assert [warning.split()[0] for warning in report["warnings"]] == ["Parity", "These", "Noisy", "Unfinished"]
+    assert report["warnings"][0].endswith("differ by 9 LSB, allowed 1")
     assert report["headline"]["sentence"].startswith("About 3.4× faster")
 
 
@@ -462,12 +464,24 @@ def test_doubtful_machines_are_not_arm(tmp_path: Path, conditions: dict[str, Any
     assert report["machine"]["statement"] in report["warnings"]
 
 
-def test_a_parent_that_the_run_names_is_taken(tmp_path: Path) -> None:
-    report = read_report(write_run(tmp_path, VARIANTS["prune first"], parent=network(0.981)))
-    assert report["parent"]["accuracy"] == 0.981
-    assert report["stages"][0]["points"] == pytest.approx(0.6139 - 0.981)
-    assert report["layers"]
-    assert [row["network"] for row in summary_rows(report)][:2] == ["as loaded parent.tflite", "as loaded parent.onnx"]
+def test_the_parent_is_the_one_that_the_product_names(tmp_path: Path) -> None:
+    loaded = ("load", network(0.981), {})
+    write_run(tmp_path, (loaded, TRAIN, *WHOLE[1:]))
+    assert read_report(tmp_path)["parent"]["stage"] == "02-train"
+    for stage in ("quantize", "export"):
+        break_manifest(tmp_path, stage, {"product": {"parent": "stages/01-load/network", "files": {}}})
+    report = read_report(tmp_path)
+    assert (report["parent"]["stage"], report["parent"]["accuracy"]) == ("01-load", 0.981)
+    assert report["stages"][2]["network"]["difference"] == pytest.approx(0.6139 - 0.981)
+    assert [row["network"] for row in summary_rows(report)][:2] == ["01-load parent.tflite", "01-load parent.onnx"]
+
+
+def test_a_float_file_faster_than_the_int8_file_is_mentioned(tmp_path: Path) -> None:
+    measured = benchmark()
+    measured["rows"][3]["p50_ms"] = 1.5
+    report = read_report(write_run(tmp_path, (*WHOLE[:6], ("benchmark", None, measured))))
+    assert report["headline"]["file"] == "int8.tflite"
+    assert "float.tflite is faster here than int8.tflite: 1.50 ms against 1.86 ms at p50." in report["warnings"]
 
 
 def test_texts_of_manifests_stay_texts(tmp_path: Path) -> None:
@@ -528,7 +542,10 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CompressError, match="not a run folder"):
         write_report(tmp_path)
     (tmp_path / "run.json").write_text('{"name": "empty", "stages": ["01-train"]}')
-    with pytest.raises(CompressError, match="no stage of this run has finished"):
+    with pytest.raises(CompressError, match="none of its stages left a manifest"):
+        write_report(tmp_path)
+    (tmp_path / "run.json").write_text('{"name": "interrupted", "stages": []}')
+    with pytest.raises(CompressError, match="goes on where it stopped"):
         write_report(tmp_path)
 
 
