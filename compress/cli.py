@@ -183,7 +183,10 @@ def _show_summary(folder: Path) -> None:
     for row in rows:
         table.add_row(*map(escape, row.values()))
     output.print(table)
-    output.print(data["machine"]["statement"], highlight=False, markup=False)
+    if data["machine"]:
+        output.print(data["machine"]["statement"], highlight=False, markup=False)
+    for warning in data["warnings"]:
+        output.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
 
 
 class RichProgress:

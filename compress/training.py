@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -146,6 +146,29 @@ def fit(
     result = average.module if average is not None else student
     result.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return result.requires_grad_(True).eval(), history
+
+
+def reestimated_batchnorm(module: nn.Module, batches: Iterable[Batch], device: torch.device) -> nn.Module:
+    """A copy whose BatchNorm statistics are the mean over `batches`; the weights stay.
+
+    Channels that were removed leave the statistics of all later layers wrong: a pruned network computes noise until
+    they are measured again (Li et al., 2020, arXiv:2007.02491, section 4.2).
+    """
+    copied = copy.deepcopy(module).eval().to(device)
+    momenta = {}
+    for norm in copied.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
+            momenta[norm] = norm.momentum
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain mean over batches
+            norm.train()
+    if momenta:
+        with torch.no_grad():
+            for batch in batches:
+                copied(batch.images_NCHW.to(device))
+    for norm, momentum in momenta.items():
+        norm.momentum = momentum
+    return copied.cpu().eval()
 
 
 def _choose_parameters(module: nn.Module, patterns: tuple[str, ...], label: str) -> set[str]:

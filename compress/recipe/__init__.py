@@ -202,7 +202,11 @@ def describe(recipe: Recipe) -> list[str]:
     for number, stage in enumerate(recipe.stages, 1):
         own = getattr(stage, "describe", None)
         settings = stage.model_dump(mode="json", exclude_defaults=True, exclude={"use"})
-        text = own() if own else ", ".join(f"{key} {_compact(value)}" for key, value in settings.items())
+        text = (
+            own()
+            if own
+            else ", ".join(f"{key} {_compact(value)}".removesuffix(" {}") for key, value in settings.items())
+        )
         lines.append(f"{number:02d} {stage.use}" + (f": {text}" if text else ""))
     return lines
 

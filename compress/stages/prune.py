@@ -31,7 +31,7 @@ from compress.models.structure import compose, resize, sizes
 from compress.product import Batch, KeptChannels, Network, Product, Run
 from compress.settings import Settings
 from compress.stages.distill import Distillation, objective
-from compress.training import Fit, fit, labels_loss
+from compress.training import Fit, fit, labels_loss, reestimated_batchnorm
 
 SCORED_AT_ONCE = 32
 """Images in a mini-batch whose gradient enters the score: the more, the more do opposite gradients cancel out."""
@@ -82,6 +82,8 @@ class Prune(Settings):
     """Rounds of scoring and removing; each takes the same share of what is left."""
     images: int = Field(default=256, ge=1)
     """Training images for a criterion that needs gradients."""
+    batchnorm_images: int = Field(default=512, ge=0)
+    """Training images on which BatchNorm statistics are measured again after each step; 0 leaves them as they are."""
     finetune: Fit | None = None
     """Training after each step."""
     distill: Distillation | None = None
@@ -124,6 +126,10 @@ class Prune(Settings):
             module = copy.deepcopy(module)
             resize(module, removed)
             kept = compose(kept, removed)
+            if self.batchnorm_images:
+                images = min(self.batchnorm_images, run.data.count("train"))
+                batches = run.data.batches("train", batch_size=min(64, images), limit=images, seed=run.seed)
+                module = reestimated_batchnorm(module, batches, run.device)
             if self.finetune is not None:
                 loss = objective(self.distill, product, run, label_smoothing=self.finetune.label_smoothing)
                 module, epochs = fit(

@@ -104,6 +104,7 @@ class Images:
 
     labels = ("a", "b", "c", "d")
     fingerprint = ""
+    channels_last = True
 
     def __init__(self, size: int) -> None:
         self.preprocess = Preprocess(size=size)
@@ -163,7 +164,7 @@ def a_product(name: str) -> Product:
 
 
 def prune(product: Product, run: Run | None = None, **settings: Any) -> Product:
-    settings = {"use": "prune", "goal": {"macs": 0.4}, **settings}
+    settings = {"use": "prune", "goal": {"macs": 0.4}, "batchnorm_images": 0, **settings}
     return Prune.model_validate_json(json.dumps(settings)).apply(product, run or a_run())
 
 
