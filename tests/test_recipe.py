@@ -388,6 +388,16 @@ OWN_TEACHER = (
             "verify train benchmark export verify",
             [(0, f"verify {BEFORE_EXPORT}"), (2, f"benchmark {BEFORE_EXPORT}")],
         ),
+        (
+            "export train verify benchmark",
+            [
+                (
+                    2,
+                    "stages.1 changed the network after the last export, so the files cannot agree with it; "
+                    "put an `export` before verify",
+                )
+            ],
+        ),
     ],
 )
 def test_order(names: str, expected: list[tuple[int, str]]) -> None:

@@ -110,6 +110,9 @@ def order_mistakes(stages: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]
             mistakes.append((index, f"{problem}; move this stage down or name another teacher"))
         if use in ("verify", "benchmark") and "export" not in last:
             mistakes.append((index, f"{use} works on exported files; put an `export` before it"))
+        elif use == "verify" and (changed := max((last[c] for c in CHANGES if c in last), default=-1)) > last["export"]:
+            why = f"stages.{changed} changed the network after the last export"
+            mistakes.append((index, f"{why}, so the files cannot agree with it; put an `export` before verify"))
         if use == "export" and stage == unchanged_export:
             mistakes.append((index, f"the same as stages.{last['export']} and nothing changed since; leave one out"))
         if use == "export":
