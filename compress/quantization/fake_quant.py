@@ -1,5 +1,8 @@
 """Fake quantization with learned step sizes: Esser et al., 2020 (arXiv:1902.08153), equations 1 to 3, section 2.2.
 
+The logarithm of a step size is what is trained: steps stay positive, and one learning rate moves a step of 0.001 and one
+of 0.1 by the same part of themselves (Jain et al., 2020, arXiv:1903.08066, appendix B).
+
 An activation's grid has 256 steps, numbered 0..255 as in ONNX; TFLite numbers the same grid -128..127. (torch's learnable
 fake quant truncates instead of rounding negative zero points in its backward pass, so -128..127 would bias gradients.)
 """
@@ -37,12 +40,12 @@ class ActivationQuantizer(nn.Module):
         super().__init__()
         self.layer, self.nonnegative, self.limit = layer, nonnegative, limit
         self.calibrating = False
-        self._set("scale", torch.tensor([1.0]), learned)
+        self._set("log_scale", torch.tensor([0.0]), learned)
         self._set("zero_point", torch.tensor([float(QMIN if nonnegative else 0)]), learned and not nonnegative)
         self.register_buffer("extremes", torch.zeros(2))
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))
 
-    scale: Tensor
+    log_scale: Tensor
     zero_point: Tensor
     extremes: Tensor
     batches: Tensor
@@ -53,15 +56,16 @@ class ActivationQuantizer(nn.Module):
         else:
             self.register_buffer(name, value)
 
-    def positive_scale(self) -> Tensor:
-        """The scale as used: positive, and with a `limit` never so large that the grid passes it."""
-        scale = self.scale.abs().clamp_min(SMALLEST_SCALE)
+    @property
+    def scale(self) -> Tensor:
+        """Shape (1,); with a `limit`, never so large that the grid passes it."""
+        scale = self.log_scale.exp()
         return scale.clamp_max(self.limit / (QMAX - QMIN)) if self.limit else scale
 
     def grid(self) -> tuple[float, int]:
         """The scale (a float32 value) and the zero point in 0..255 that the exported files get."""
         zero_point = int(torch.round(self.zero_point.detach()).clamp(QMIN, QMAX))
-        return float(self.positive_scale().detach()), zero_point
+        return float(self.scale.detach()), zero_point
 
     def set_range(self, low: float, high: float) -> None:
         """Puts the grid over [low, high], widened to contain zero."""
@@ -72,7 +76,7 @@ class ActivationQuantizer(nn.Module):
             high = min(high, self.limit)
         scale = max((high - low) / (QMAX - QMIN), SMALLEST_SCALE)
         with torch.no_grad():
-            self.scale.fill_(scale)
+            self.log_scale.fill_(math.log(scale))
             self.zero_point.fill_(min(QMAX, max(QMIN, round(QMIN - low / scale))))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,7 +89,7 @@ class ActivationQuantizer(nn.Module):
             return x
         gradient_scale = 1.0 / math.sqrt(x[0].numel() * (QMAX - QMIN) / 2)
         fake: Tensor = torch._fake_quantize_learnable_per_tensor_affine(
-            x, self.positive_scale(), self.zero_point, QMIN, QMAX, gradient_scale
+            x, self.scale, self.zero_point, QMIN, QMAX, gradient_scale
         )
         return fake
 
@@ -95,18 +99,15 @@ class ActivationQuantizer(nn.Module):
 
 def _fake_weight(weight: Tensor, scale: Tensor) -> Tensor:
     gradient_scale = 1.0 / math.sqrt(weight[0].numel() * WEIGHT_QMAX)
-    zero_points = torch.zeros_like(scale)
-    steps = scale.abs().clamp_min(SMALLEST_SCALE)
     fake: Tensor = torch._fake_quantize_learnable_per_channel_affine(
-        weight, steps, zero_points, 0, -WEIGHT_QMAX, WEIGHT_QMAX, gradient_scale
+        weight, scale, torch.zeros_like(scale), 0, -WEIGHT_QMAX, WEIGHT_QMAX, gradient_scale
     )
     return fake
 
 
 def _integers(weight: Tensor, scale: Tensor) -> Tensor:
     shape = (-1,) + (1,) * (weight.ndim - 1)
-    steps = scale.detach().abs().clamp_min(SMALLEST_SCALE).view(shape)
-    return torch.round(weight.detach() / steps).clamp(-WEIGHT_QMAX, WEIGHT_QMAX).to(torch.int8)
+    return torch.round(weight.detach() / scale.detach().view(shape)).clamp(-WEIGHT_QMAX, WEIGHT_QMAX).to(torch.int8)
 
 
 class QuantizedConv2d(nn.Conv2d):
@@ -115,7 +116,7 @@ class QuantizedConv2d(nn.Conv2d):
     `pads` is (left, right, top, bottom) in front of the convolution's own padding, as torch.nn.functional.pad takes it.
     """
 
-    weight_scale: nn.Parameter
+    log_weight_scale: nn.Parameter
     pads: tuple[int, int, int, int]
 
     @classmethod
@@ -140,6 +141,11 @@ class QuantizedConv2d(nn.Conv2d):
             input = F.pad(input, self.pads)
         return self._conv_forward(input, _fake_weight(self.weight, self.weight_scale), self.bias)
 
+    @property
+    def weight_scale(self) -> Tensor:
+        """Steps of the weights' grids, (outputs,)."""
+        return self.log_weight_scale.exp()
+
     def integers(self) -> Tensor:
         """The int8 weights of the exported files, (outputs, inputs / groups, height, width)."""
         return _integers(self.weight, self.weight_scale)
@@ -148,7 +154,7 @@ class QuantizedConv2d(nn.Conv2d):
 class QuantizedLinear(nn.Linear):
     """A linear layer whose weights are rounded to a learned grid per output."""
 
-    weight_scale: nn.Parameter
+    log_weight_scale: nn.Parameter
 
     @classmethod
     def of(cls, linear: nn.Linear) -> QuantizedLinear:
@@ -159,6 +165,11 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, _fake_weight(self.weight, self.weight_scale), self.bias)
+
+    @property
+    def weight_scale(self) -> Tensor:
+        """Steps of the weights' grids, (outputs,)."""
+        return self.log_weight_scale.exp()
 
     def integers(self) -> Tensor:
         """The int8 weights of the exported files, (outputs, inputs)."""
@@ -172,4 +183,4 @@ def _take_parameters(new: Any, old: nn.Conv2d | nn.Linear) -> None:
             new.bias.zero_()
         else:
             new.bias.copy_(old.bias)
-    new.weight_scale = nn.Parameter(weight_scales(new.weight))
+    new.log_weight_scale = nn.Parameter(weight_scales(new.weight).log())

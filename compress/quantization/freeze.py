@@ -131,7 +131,7 @@ def _add_grid(module: fx.GraphModule, node: fx.Node, grid: Grid) -> Grid:
 
 def _plain(layer: QuantizedConv2d | QuantizedLinear, input_scale: float) -> tuple[nn.Module, Integers]:
     """The layer as torch's own, with weights and bias snapped to their integers."""
-    scale = layer.weight_scale.detach().abs()
+    scale = layer.weight_scale.detach()
     bias_scale = torch.tensor(input_scale, dtype=torch.float32) * scale
     assert layer.bias is not None
     bias = torch.round(layer.bias.detach().double() / bias_scale.double()).clamp(-INT32_MAX, INT32_MAX)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -148,7 +149,7 @@ def _input_quantizer(preprocess: Preprocess) -> ActivationQuantizer:
     high = max((1 - mean) / std for mean, std in zip(preprocess.mean, preprocess.std, strict=True))
     low, high = min(low, 0.0), max(high, 0.0)
     scale = (high - low) / (QMAX - QMIN - 1)
-    quantizer.scale.fill_(scale)
+    quantizer.log_scale.fill_(math.log(scale))
     quantizer.zero_point.fill_(float(round(0.5 - low / scale)))
     return quantizer
 

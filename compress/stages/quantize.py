@@ -20,7 +20,8 @@ class Quantize(Fit, Quantization):
     use: Literal["quantize"]
     epochs: int = Field(default=3, ge=0)
     """0 calibrates only (PTQ)."""
-    lr: float = Field(default=0.005, gt=0)
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    lr: float = Field(default=2e-4, gt=0)
     warmup_epochs: float = Field(default=0.5, ge=0)
     calibration_images: int = Field(default=256, ge=1)
     """Training images that place the activations' grids before training."""

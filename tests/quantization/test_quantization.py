@@ -1,4 +1,5 @@
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -73,19 +74,19 @@ def test_the_gradient_of_the_step_size_is_the_papers():
     """LSQ, equation 3, with g = 1 / sqrt(N * Qp) of section 2.2 and Qp as half the grid, summed by hand over a few values."""
     quantizer = ActivationQuantizer("x", nonnegative=True)
     with torch.no_grad():
-        quantizer.scale.fill_(0.1)
+        quantizer.log_scale.fill_(math.log(0.1))
     x = torch.tensor([[-1.0, 0.123, 7.777, 30.0]], dtype=torch.float32)
     quantizer(x).sum().backward()
     ratios = x[0].double().numpy() / 0.1
     inside = [np.rint(r) - r for r in ratios[1:3]]
     by_hand = (0 + sum(inside) + 255) / np.sqrt(4 * 127.5)  # below: 0 steps above zero; beyond: 255
-    assert quantizer.scale.grad.item() == pytest.approx(by_hand, rel=1e-3)
+    assert quantizer.log_scale.grad.item() == pytest.approx(0.1 * by_hand, rel=1e-3)  # d/dlog(s) = s d/ds
 
 
 def test_a_relu6_grid_never_passes_six():
     quantizer = ActivationQuantizer("x", nonnegative=True, limit=6.0)
     with torch.no_grad():
-        quantizer.scale.fill_(5.0)
+        quantizer.log_scale.fill_(math.log(5.0))
     assert quantizer(torch.tensor([100.0])).item() == pytest.approx(6.0, rel=1e-6)
     assert quantizer(torch.tensor([-100.0])).item() == 0.0
 
