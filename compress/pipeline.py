@@ -4,7 +4,7 @@
     runs/<name>/stages/00-load/      the network as it came: manifest.json, network/
     runs/<name>/stages/01-train/     one folder per stage, complete or absent
 
-A manifest's `key` hashes all that can change the stage's result: its settings, the stages before it, the data, the seed,
+A manifest's `key` hashes all that can change the stage's result: its settings, the stages before it, data, seed,
 our code and the libraries. A stage whose key and files are still those of the manifest is not run again.
 """
 
@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -31,11 +30,12 @@ import torch.distributed as dist
 from compress import __version__, checkpoint, measures
 from compress import recipe as recipes
 from compress.data import open_data
-from compress.errors import CompressError, GateError, ModelError
-from compress.models import build, check, file_sha256, load_weights
+from compress.errors import CompressError, GateError
+from compress.models import build, check, file_sha256, inputs, load_weights
 from compress.product import Data, Network, Product, Progress, Run, Structure
 from compress.recipe import Recipe
 from compress.stages import StageSettings
+from compress.stages.distill import Distillation
 from compress.targets import target
 
 PACKAGES = ("torch", "torch-pruning", "onnx", "onnxscript", "onnxruntime", "ai-edge-litert", "numpy", "pillow")
@@ -143,7 +143,7 @@ class _State:
 
     def step(self, index: int, stage: StageSettings | None, label: str) -> bool:
         """Brings the fold past one stage; whether an earlier run's result served."""
-        self.key = _hash([self.key, stage.model_dump(mode="json")]) if stage else self._first_key()
+        self.key = _hash([self.key, stage.model_dump(mode="json"), _teachers(stage)]) if stage else self._first_key()
         place = self.folder / "stages" / label
         manifest = _shared(self.rank, lambda: _valid_manifest(place, self.key))
         if manifest is not None:
@@ -251,11 +251,10 @@ class _State:
         partial.rename(place)
 
     def _first_key(self) -> str:
-        weights = getattr(self.recipe.model, "weights", None)
         return _hash(
             [
                 self.recipe.model.model_dump(mode="json"),
-                file_sha256(self.base / weights) if weights else None,
+                [file_sha256(path) for path in inputs(self.recipe.model, self.base)],
                 self.recipe.data.model_dump(mode="json"),
                 self.data.fingerprint,
                 self.recipe.preprocess.model_dump(mode="json"),
@@ -266,6 +265,13 @@ class _State:
                 self.device.type,
             ]
         )
+
+
+def _teachers(stage: StageSettings) -> list[str]:
+    """Hashes of the files of a teacher that lies outside this run."""
+    blocks = (block for block in (stage, getattr(stage, "distill", None)) if isinstance(block, Distillation))
+    folders = [Path(block.teacher) for block in blocks if block.teacher != "parent"]
+    return [file_sha256(path) for folder in folders for path in sorted(folder.glob("*")) if path.is_file()]
 
 
 _T = TypeVar("_T")

@@ -20,7 +20,7 @@ Positive3 = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], 
 
 
 class Preprocess(Settings):
-    """From an RGB image to the network's input; written into every exported file, so a board feeds the same pixels.
+    """From an RGB image to the network's input; written into every exported file, so a board feeds the same.
 
     The shorter side is resized to `size / crop` (bilinear, antialiased), the centre `size` x `size` cut out, and each
     channel becomes `(pixel / 255 - mean) / std`.
@@ -38,7 +38,7 @@ class Preprocess(Settings):
     def normalize(self, pixels_NHWC: np.ndarray) -> np.ndarray:
         """uint8 (N, H, W, 3) to float32 of the same layout, in the operation order that every runtime is fed with."""
         count, height, width, channels = pixels_NHWC.shape
-        # Mean and std repeated along a row: numpy then works on whole rows, 8 times faster than on three numbers at a time.
+        # Mean and std repeated along a row: numpy works on whole rows, 8 times faster than on three numbers at a time.
         rows = pixels_NHWC.reshape(count, height, width * channels).astype(np.float32)
         rows /= np.float32(255)
         rows -= np.tile(np.asarray(self.mean, np.float32), width)
@@ -55,7 +55,7 @@ class KeptChannels(Settings):
 
 
 class Structure(Settings):
-    """How to build a network again without a pickle: the factory's arguments, then the channels kept, then fake quant."""
+    """How to build a network again without a pickle: the factory's arguments, the channels kept, fake quant."""
 
     model: dict[str, Any]
     """The recipe's `model` section."""
@@ -146,8 +146,8 @@ class Data(Protocol):
     ) -> Iterable[Batch]:
         """Batches on the CPU. Same seed and epoch: same images and same augmentation, whatever the number of workers.
 
-        With `shuffle`, incomplete batches are dropped (never all of them: a split smaller than a batch gives one smaller
-        batch); without, every image comes exactly once. `limit` takes that many images, chosen by `seed` and spread
+        With `shuffle`, incomplete batches are dropped (never all of them: a split smaller than a batch gives a smaller
+        one); without, every image comes exactly once. `limit` takes that many images, chosen by `seed` and spread
         over the classes. With world_size > 1 each rank gets its own share, all ranks the same number of batches.
         """
         ...

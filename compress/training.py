@@ -46,7 +46,7 @@ class Fit(Settings):
     """Decay of the moving average of the weights that becomes the result, or null for the last weights."""
     augment: bool = True
     only: tuple[str, ...] = ()
-    """Train only parameters whose name matches one of these patterns (`classifier.*`); the rest, and its BatchNorm, is frozen."""
+    """Train only parameters whose name matches one of these (`classifier.*`); the rest and its BatchNorm stay."""
 
 
 def labels_loss(label_smoothing: float = 0.0) -> Loss:

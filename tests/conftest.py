@@ -46,7 +46,9 @@ def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for child in module.modules():
             if isinstance(child, (nn.Conv2d, nn.Linear)):
-                child.weight.copy_(torch.randn(child.weight.shape, generator=generator) / child.weight[0].numel() ** 0.5)
+                child.weight.copy_(
+                    torch.randn(child.weight.shape, generator=generator) / child.weight[0].numel() ** 0.5
+                )
             if isinstance(child, nn.BatchNorm2d):
                 child.running_mean.copy_(torch.randn(child.num_features, generator=generator) * 0.1)
                 child.running_var.copy_(torch.rand(child.num_features, generator=generator) + 0.5)
@@ -90,19 +92,19 @@ class Stripes:
             yield Batch(images[chosen].contiguous(memory_format=torch.channels_last), labels[chosen])
 
 
-@pytest.fixture()
+@pytest.fixture
 def stripes() -> Stripes:
     return Stripes()
 
 
-@pytest.fixture()
+@pytest.fixture
 def run(stripes: Stripes, tmp_path: Path) -> Run:
     return Run(
         folder=tmp_path, data=stripes, device=torch.device("cpu"), seed=3, progress=Silent(), recipe_hash="0" * 64
     )
 
 
-@pytest.fixture()
+@pytest.fixture
 def product() -> Product:
     structure = Structure(model={"use": "tests:none"}, num_classes=5, preprocess=PREPROCESS)
     return Product(Network(randomized(SmallNet()), structure))

@@ -16,7 +16,7 @@ from compress.stages.quantize import Quantize
 MODEL = {"use": "mobilenet_v2", "width": 0.35, "stem_stride": 1, "dropout": 0.0}
 
 
-@pytest.fixture()
+@pytest.fixture
 def network():
     torch.manual_seed(0)
     structure = Structure(model=MODEL, num_classes=5, preprocess=PREPROCESS)

@@ -29,7 +29,12 @@ stages:
 def compress(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "compress.cli", *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "compress.cli", *words],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -41,7 +46,7 @@ def refused(*words: str, cwd: Path, status: int = 1) -> str:
     return done.stderr.strip()
 
 
-@pytest.fixture()
+@pytest.fixture
 def place(tmp_path: Path) -> Path:
     (tmp_path / "mynet.py").write_text(NETWORK)
     (tmp_path / "recipe.yaml").write_text(RECIPE)
@@ -144,5 +149,7 @@ def test_schema_is_json(place):
 
 
 def test_help_needs_no_heavy_library():
-    code = "import sys, compress.cli; sys.exit(any(m in sys.modules for m in ('torch', 'onnx', 'matplotlib', 'sklearn')))"
+    code = (
+        "import sys, compress.cli; sys.exit(any(m in sys.modules for m in ('torch', 'onnx', 'matplotlib', 'sklearn')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -137,7 +138,7 @@ def test_stages_that_the_recipe_no_longer_has_go(place):
 
 
 def test_a_diverging_stage_keeps_what_was_finished_and_leaves_no_half(place):
-    with pytest.raises(TrainingError, match="stage distill: the loss is (nan|inf)"):
+    with pytest.raises(TrainingError, match=r"stage distill: the loss is (nan|inf)"):
         go(place, "stages.distill.lr=1e30", "stages.distill.clip_norm=null", out="diverging")
     assert sorted(path.name for path in (place / "diverging/stages").iterdir()) == ALL[:3]
 
@@ -170,13 +171,29 @@ def test_weights_of_the_first_stage_load_elsewhere(place):
     """A trained network starts another recipe: the same accuracy, to the image."""
     weights = "run/stages/01-train/network/weights.safetensors"
     go(place, f"model.weights={weights}", "stages=[{use: export}]", out="again")
-    assert manifest(place, "00-load", "again")["network"]["accuracy"] == manifest(place, "01-train")["network"]["accuracy"]
+    assert (
+        manifest(place, "00-load", "again")["network"]["accuracy"] == manifest(place, "01-train")["network"]["accuracy"]
+    )
 
 
 def test_the_saved_network_can_teach(place):
     teacher = "run/stages/01-train/network"
     go(place, f"stages=[{{use: distill, epochs: 1, teacher: {teacher}}}]", out="taught")
     assert manifest(place, "01-distill", "taught")["metrics"]["teacher"] == teacher
+
+
+def test_a_changed_factory_or_teacher_is_another_input(place):
+    taught = "stages=[{use: distill, epochs: 1, teacher: teacher}]"
+    shutil.copytree(place / "run/stages/01-train/network", place / "teacher")
+    shutil.copy(place / "mynet.py", place / "mynet2.py")
+    model = 'model.use="mynet2:Net"'
+    assert go(place, taught, model, out="inputs").ran == ["00-load", "01-distill"]
+    assert go(place, taught, model, out="inputs").ran == []
+    shutil.copytree(place / "run/stages/03-distill/network", place / "teacher", dirs_exist_ok=True)
+    assert go(place, taught, model, out="inputs").ran == ["01-distill"]
+    with (place / "mynet2.py").open("a") as file:
+        file.write("# changed\n")
+    assert go(place, taught, model, out="inputs").ran == ["00-load", "01-distill"]
 
 
 def test_random_state_of_the_caller_does_not_matter(place):

@@ -88,7 +88,9 @@ def test_scales_in_tflite_are_those_of_onnx(digits_run):
     assert compared > 150
 
 
-@pytest.mark.skipif(not PHOTOGRAPHS.is_dir(), reason="needs the photographs of ../shared/data, which are not part of the project")
+@pytest.mark.skipif(
+    not PHOTOGRAPHS.is_dir(), reason="needs the photographs of ../shared/data, which are not part of the project"
+)
 def test_the_photograph_recipe_runs_every_stage(tmp_path):
     """Without training: every stage on the real images and weights."""
     none = [f"stages.{index}.epochs=0" for index in (0, 1, 3, 4)]

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import math
 
 import pytest
@@ -55,7 +56,7 @@ def test_learning_rate_is_a_warm_up_and_a_half_cosine():
     assert max(rates) == 0.4
     assert rates[60] == pytest.approx(0.2)  # half-way down
     assert rates[-1] == pytest.approx(0.4 * 0.5 * (1 + math.cos(math.pi * 99 / 100)))
-    assert all(later <= earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates))
 
 
 def test_only_the_named_parameters_move_and_frozen_batchnorm_keeps_its_statistics(run):
@@ -84,11 +85,13 @@ def test_a_loss_that_is_not_finite_stops_with_stage_epoch_and_step(run):
 
 
 def test_gradients_are_clipped(run):
-    """With a norm of 1e-6 allowed and no momentum yet, one step moves the weights by at most lr x 1e-6 (Nesterov: 1.9)."""
+    """With a norm of 1e-6 allowed, one step moves the weights by at most lr x 1e-6 (Nesterov: x 1.9)."""
     module = randomized(SmallNet())
     one = settings(epochs=1, batch_size=64, clip_norm=1e-6, weight_decay=0.0, warmup_epochs=0, lr=1.0)
     trained, _ = fit(module, loss=LOSS, run=run, settings=one, label="x")
-    squares = [(a - b).detach().square().sum().item() for a, b in zip(trained.parameters(), module.parameters(), strict=True)]
+    squares = [
+        (a - b).detach().square().sum().item() for a, b in zip(trained.parameters(), module.parameters(), strict=True)
+    ]
     assert 0 < math.sqrt(sum(squares)) <= 1.91e-6
 
 
@@ -96,7 +99,7 @@ def test_moving_average_against_its_definition(run):
     """One batch an epoch: the average is recomputed here from the weights that plain training passes through."""
     module = randomized(SmallNet())
     decay = 0.5
-    whole = dict(epochs=4, batch_size=64)
+    whole = {"epochs": 4, "batch_size": 64}
     averaged, _ = fit(module, loss=LOSS, run=run, settings=settings(**whole, ema=decay), label="x")
     passed: list[torch.Tensor] = []
 

@@ -10,7 +10,7 @@ from compress.product import Preprocess
 
 
 def metadata(*, kind: str, preprocess: Preprocess, labels: Sequence[str], recipe_hash: str) -> dict[str, str]:
-    """Keys under `compress.`: how to make the input from an RGB image, what the outputs mean, where the file is from."""
+    """Keys under `compress.`: how to make the input of an RGB image, what the outputs mean, where the file is from."""
     return {
         "compress.version": __version__,
         "compress.kind": kind,

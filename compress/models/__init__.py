@@ -4,18 +4,19 @@ To add a network: its file with a settings class and a function that builds it, 
 `build`, one test.
 """
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Discriminator, Tag
 from torch import nn
 
-from compress.models.factory import Factory, build_factory
+from compress.models.factory import Factory, build_factory, source
 from compress.models.head import check
 from compress.models.mobilenet_v2 import MobileNetV2Settings, build_mobilenet_v2
 from compress.models.weights import file_sha256, load_weights
 from compress.product import Progress
 
-__all__ = ["ModelSettings", "build", "check", "file_sha256", "load_weights"]
+__all__ = ["ModelSettings", "build", "check", "file_sha256", "inputs", "load_weights"]
 
 
 def _kind(section: Any) -> str | None:
@@ -33,6 +34,15 @@ ModelSettings = Annotated[
         custom_error_message="`use` must be mobilenet_v2, or package.module:factory for a network of your own",
     ),
 ]
+
+
+def inputs(settings: MobileNetV2Settings | Factory, base: Path) -> list[Path]:
+    """Files outside our code whose change makes another network: weights, and the source of a factory already called.
+
+    Of one's own code only the file that holds the factory counts, not what it imports.
+    """
+    code = source(settings) if isinstance(settings, Factory) else None
+    return [path for path in (base / settings.weights if settings.weights else None, code) if path is not None]
 
 
 def build(

@@ -54,6 +54,13 @@ def build_factory(settings: Factory, num_classes: int, input_size: int, note: Ca
     return module
 
 
+def source(settings: Factory) -> Path | None:
+    """The file that the factory's module was imported from; None where Python does not know one."""
+    module = sys.modules.get(settings.use.partition(":")[0])
+    file = getattr(module, "__file__", None)
+    return Path(file) if file else None
+
+
 def takes(function: Callable[..., Any], name: str) -> bool:
     """Whether `function` can be called with a keyword argument `name`."""
     try:

@@ -1,10 +1,10 @@
 """Fake quantization with learned step sizes: Esser et al., 2020 (arXiv:1902.08153), equations 1 to 3, section 2.2.
 
-The logarithm of a step size is what is trained: steps stay positive, and one learning rate moves a step of 0.001 and one
-of 0.1 by the same part of themselves (Jain et al., 2020, arXiv:1903.08066, appendix B).
+The logarithm of a step size is what is trained: steps stay positive, and one learning rate moves a step of 0.001 and
+one of 0.1 by the same part of themselves (Jain et al., 2020, arXiv:1903.08066, appendix B).
 
-An activation's grid has 256 steps, numbered 0..255 as in ONNX; TFLite numbers the same grid -128..127. (torch's learnable
-fake quant truncates instead of rounding negative zero points in its backward pass, so -128..127 would bias gradients.)
+An activation's grid has 256 steps, numbered 0..255 as in ONNX; TFLite numbers the same grid -128..127. (torch's
+learnable fake quant truncates instead of rounding negative zero points in its backward pass, so -128..127 would bias gradients.)
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class ActivationQuantizer(nn.Module):
     """Rounds a tensor to its grid in the forward pass and passes gradients to the tensor and to the grid.
 
     While `calibrating`, it lets tensors pass and averages their extremes over batches. `nonnegative` is for what
-    comes out of a ReLU: the zero point is the lowest step, so that the grid itself does the clipping, and `limit` (6 for
-    ReLU6) bounds its upper end likewise. `learned=False` keeps scale and zero point where calibration put them.
+    comes out of a ReLU: the zero point is the lowest step, so that the grid itself does the clipping, and `limit` (6
+    for ReLU6) bounds its upper end likewise. `learned=False` keeps scale and zero point where calibration put them.
     """
 
     def __init__(self, layer: str, *, nonnegative: bool = False, limit: float | None = None, learned: bool = True):

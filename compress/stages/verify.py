@@ -1,4 +1,4 @@
-"""What the exported files compute, asked of the files: accuracy, and agreement between torch, ONNX Runtime and LiteRT."""
+"""What the exported files compute, asked of the files: accuracy, and agreement of torch, ONNX Runtime and LiteRT."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_the_quantizer_equals_the_affine_formula(nonnegative):
 
 
 def test_the_gradient_of_the_step_size_is_the_papers():
-    """LSQ, equation 3, with g = 1 / sqrt(N * Qp) of section 2.2 and Qp as half the grid, summed by hand over a few values."""
+    """LSQ, equation 3, with g = 1 / sqrt(N * Qp) of section 2.2 and Qp as half the grid, summed by hand."""
     quantizer = ActivationQuantizer("x", nonnegative=True)
     with torch.no_grad():
         quantizer.log_scale.fill_(math.log(0.1))
@@ -110,7 +110,8 @@ def test_input_grid_keeps_all_pixel_values_apart():
 
 
 @pytest.mark.parametrize(
-    ("mean", "std"), [((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.0,) * 3, (1.0,) * 3), ((0.5,) * 3, (0.5,) * 3)]
+    ("mean", "std"),
+    [((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.0,) * 3, (1.0,) * 3), ((0.5,) * 3, (0.5,) * 3)],
 )
 def test_input_grid_covers_every_pixel_value_of_every_channel(mean, std):
     graph = prepare(SmallNet(), Quantization(), Preprocess(size=16, mean=mean, std=std))

@@ -12,7 +12,7 @@ from compress.stages.verify import Verify, compare_floats, compare_steps
 EXPORT, VERIFY = Export(use="export"), Verify(use="verify")
 
 
-@pytest.fixture()
+@pytest.fixture
 def exported(product, run):
     quantized = Quantize(use="quantize", epochs=0, calibration_images=64).apply(product, run)
     return EXPORT.apply(quantized, run)
