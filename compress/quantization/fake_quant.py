@@ -3,8 +3,8 @@
 The logarithm of a step size is what is trained: steps stay positive, and one learning rate moves a step of 0.001 and
 one of 0.1 by the same part of themselves (Jain et al., 2020, arXiv:1903.08066, appendix B).
 
-An activation's grid has 256 steps, numbered 0..255 as in ONNX; TFLite numbers the same grid -128..127. (torch's
-learnable fake quant truncates instead of rounding negative zero points in its backward pass, so -128..127 would bias gradients.)
+An activation's grid has 256 steps, numbered 0..255 as in ONNX; TFLite numbers it -128..127. (torch's learnable
+fake quant truncates negative zero points in its backward pass instead of rounding, so -128..127 would bias gradients.)
 """
 
 from __future__ import annotations
