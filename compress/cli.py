@@ -30,7 +30,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-output, messages = Console(), Console(stderr=True)
+WIDE = None if sys.stdout.isatty() else 140
+"""Columns of tables in logs and pipes; a terminal says its own."""
+output, messages = Console(width=WIDE), Console(stderr=True)
 
 RecipePath = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="A YAML file, such as recipes/mobilenetv2_arm.yaml.")
@@ -183,7 +185,7 @@ def _show_summary(folder: Path) -> None:
     for row in rows:
         table.add_row(*map(escape, row.values()))
     output.print(table)
-    if data["machine"]:
+    if data["machine"] and data["machine"]["statement"] not in data["warnings"]:
         output.print(data["machine"]["statement"], highlight=False, markup=False)
     for warning in data["warnings"]:
         output.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)

@@ -34,6 +34,7 @@ class Fit(Settings):
     lr: float = Field(default=0.05, gt=0)
     """Peak learning rate, reached after the warm-up and followed by a cosine to zero (Loshchilov & Hutter, 2017)."""
     warmup_epochs: float = Field(default=1.0, ge=0)
+    """At most half of the training."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """`sgd` is with Nesterov momentum 0.9."""
     weight_decay: float = Field(default=1e-4, ge=0)
@@ -98,7 +99,8 @@ def fit(
         )
 
     steps = max(1, run.data.count("train") // run.world_size // per_process)
-    total, warmup = steps * settings.epochs, round(steps * settings.warmup_epochs)
+    total = steps * settings.epochs
+    warmup = min(round(steps * settings.warmup_epochs), total // 2)
     optimizer = _optimizer(student, settings)
     average = AveragedModel(student, multi_avg_fn=_ema(settings.ema), use_buffers=True) if settings.ema else None
     wrapped: nn.Module = student

@@ -56,7 +56,7 @@ def test_learning_rate_is_a_warm_up_and_a_half_cosine():
     assert max(rates) == 0.4
     assert rates[60] == pytest.approx(0.2)  # half-way down
     assert rates[-1] == pytest.approx(0.4 * 0.5 * (1 + math.cos(math.pi * 99 / 100)))
-    assert all(later <= earlier for earlier, later in itertools.pairwise(rates))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates[10:]))
 
 
 def test_only_the_named_parameters_move_and_frozen_batchnorm_keeps_its_statistics(run):

@@ -55,6 +55,11 @@ def read_metadata(data: bytes) -> dict[str, str]:
     return texts
 
 
+def tensor_names(data: bytes) -> set[str]:
+    """All tensors of the file; an ONNX value that was folded into an operator is not among them."""
+    return {tensor.name.decode() for tensor in unpack(data).subgraphs[0].tensors}
+
+
 def with_outputs(data: bytes, names: Sequence[str]) -> bytes:
     """The same file with the tensors `names` appended to its outputs, in that order, so that a runtime must keep them.
 

@@ -39,7 +39,7 @@ class ActivationQuantizer(nn.Module):
     def __init__(self, layer: str, *, nonnegative: bool = False, limit: float | None = None, learned: bool = True):
         super().__init__()
         self.layer, self.nonnegative, self.limit = layer, nonnegative, limit
-        self.calibrating = False
+        self.calibrating, self.observes = False, True
         self._set("log_scale", torch.tensor([0.0]), learned)
         self._set("zero_point", torch.tensor([float(QMIN if nonnegative else 0)]), learned and not nonnegative)
         self.register_buffer("extremes", torch.zeros(2))
@@ -81,6 +81,8 @@ class ActivationQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.calibrating:
+            if not self.observes:
+                return x
             with torch.no_grad():
                 extremes = torch.stack([x.min(), x.max()]).float()
                 self.batches += 1
@@ -92,6 +94,12 @@ class ActivationQuantizer(nn.Module):
             x, self.scale, self.zero_point, QMIN, QMAX, gradient_scale
         )
         return fake
+
+    def again(self, layer: str) -> ActivationQuantizer:
+        """A quantizer of another tensor on this grid: it has the same parameters and no part in calibration."""
+        other = ActivationQuantizer(layer, nonnegative=self.nonnegative, limit=self.limit)
+        other.log_scale, other.zero_point, other.observes = self.log_scale, self.zero_point, False
+        return other
 
     def extra_repr(self) -> str:
         return f"{self.layer}, nonnegative={self.nonnegative}, limit={self.limit}"
@@ -105,7 +113,8 @@ def _fake_weight(weight: Tensor, scale: Tensor) -> Tensor:
     return fake
 
 
-def _integers(weight: Tensor, scale: Tensor) -> Tensor:
+def weight_integers(weight: Tensor, scale: Tensor) -> Tensor:
+    """The int8 weights of the exported files, output channels first, one step of `scale` (outputs,) each."""
     shape = (-1,) + (1,) * (weight.ndim - 1)
     return torch.round(weight.detach() / scale.detach().view(shape)).clamp(-WEIGHT_QMAX, WEIGHT_QMAX).to(torch.int8)
 
@@ -146,10 +155,6 @@ class QuantizedConv2d(nn.Conv2d):
         """Steps of the weights' grids, (outputs,)."""
         return self.log_weight_scale.exp()
 
-    def integers(self) -> Tensor:
-        """The int8 weights of the exported files, (outputs, inputs / groups, height, width)."""
-        return _integers(self.weight, self.weight_scale)
-
 
 class QuantizedLinear(nn.Linear):
     """A linear layer whose weights are rounded to a learned grid per output."""
@@ -170,10 +175,6 @@ class QuantizedLinear(nn.Linear):
     def weight_scale(self) -> Tensor:
         """Steps of the weights' grids, (outputs,)."""
         return self.log_weight_scale.exp()
-
-    def integers(self) -> Tensor:
-        """The int8 weights of the exported files, (outputs, inputs)."""
-        return _integers(self.weight, self.weight_scale)
 
 
 def _take_parameters(new: Any, old: nn.Conv2d | nn.Linear) -> None:

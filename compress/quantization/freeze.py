@@ -12,11 +12,12 @@ from torch import Tensor, fx, nn
 from torch.ao.quantization.fx import _decomposed  # noqa: F401
 from torch.nn import functional as F
 
-from compress.quantization.fake_quant import ActivationQuantizer, QuantizedConv2d, QuantizedLinear
+from compress.quantization.fake_quant import ActivationQuantizer, QuantizedConv2d, QuantizedLinear, weight_integers
 from compress.quantization.graph import CALLS, insert_after, is_in, is_tensor, kind_of, set_module
-from compress.quantization.prepare import PAD, PASS, REARRANGE
+from compress.quantization.prepare import PAD, PASS, REARRANGE, rectifier
 
-INT32_MAX = 2**31 - 1
+LARGEST_BIAS = 2**30
+"""Leaves as much of an int32 accumulator to the products."""
 
 
 class Grid(nn.Module):
@@ -95,7 +96,7 @@ def freeze(prepared: fx.GraphModule) -> Frozen:
             scale, zero_point = kind.grid()
             grids[node] = _add_grid(module, node, Grid(unused(kind.layer), scale, zero_point))
             source = node.args[0]
-            if kind.nonnegative and source.op in CALLS:
+            if source.op in CALLS and rectifier(kind_of(source, modules)) is not None:
                 source.replace_all_uses_with(source.args[0], delete_user_cb=lambda user, node=node: user is node)
                 if not source.users:
                     module.graph.erase_node(source)
@@ -131,11 +132,13 @@ def _add_grid(module: fx.GraphModule, node: fx.Node, grid: Grid) -> Grid:
 
 def _plain(layer: QuantizedConv2d | QuantizedLinear, input_scale: float) -> tuple[nn.Module, Integers]:
     """The layer as torch's own, with weights and bias snapped to their integers."""
-    scale = layer.weight_scale.detach()
-    bias_scale = torch.tensor(input_scale, dtype=torch.float32) * scale
     assert layer.bias is not None
-    bias = torch.round(layer.bias.detach().double() / bias_scale.double()).clamp(-INT32_MAX, INT32_MAX)
-    integers = Integers(layer.integers(), scale, bias.to(torch.int32), bias_scale)
+    bias_real = layer.bias.detach()
+    # A channel whose weights are all but zero has steps so small that its bias would not fit: it gets larger ones.
+    scale = torch.maximum(layer.weight_scale.detach(), bias_real.abs() / (input_scale * LARGEST_BIAS))
+    bias_scale = torch.tensor(input_scale, dtype=torch.float32) * scale
+    bias = torch.round(bias_real.double() / bias_scale.double())
+    integers = Integers(weight_integers(layer.weight, scale), scale, bias.to(torch.int32), bias_scale)
     plain: nn.Conv2d | nn.Linear
     if isinstance(layer, QuantizedConv2d):
         plain = nn.Conv2d(

@@ -72,7 +72,7 @@ def prepare(module: nn.Module, settings: Quantization, preprocess: Preprocess) -
         ShapeProp(graph_module).propagate(torch.zeros(1, 3, size, size))
     modules = dict(graph_module.named_modules())
     _merge_pads(graph_module, modules)
-    _refuse_repeated_layers(graph_module, modules)
+    _refuse_layers(graph_module, modules)
     for name, layer in list(modules.items()):
         if type(layer) is nn.Conv2d:
             set_module(graph_module, name, QuantizedConv2d.of(layer, getattr(layer, "pads", (0, 0, 0, 0))))
@@ -100,18 +100,22 @@ def prepare(module: nn.Module, settings: Quantization, preprocess: Preprocess) -
             continue  # sizes and other plain numbers
         kind, sources = kind_of(node, modules), node.all_input_nodes
         layered = isinstance(kind, (QuantizedConv2d, QuantizedLinear))
-        rectifier = _rectifier(kind)
+        rectifies = rectifier(kind)
         on_grid = sources and all(source in grids for source in sources if is_tensor(source))
-        if rectifier and sources:
+        if rectifies and sources:
             # Alone or behind its layer: rounding to a grid that starts at zero is the rectifier.
-            own_grid(node, layer_name(sources[0] if sources[0] not in grids else node), **rectifier)
+            own_grid(node, layer_name(sources[0] if sources[0] not in grids else node), **rectifies)
         elif not on_grid:
             raise _no_counterpart(node, kind)
         elif layered or _joins(node, kind) or (is_in(kind, MEAN) and node.meta["tensor_meta"].shape[2:].numel() == 1):
-            if not _feeds_only_rectifier(node, modules):
+            if not _feeds_onlyrectifier(node, modules):
                 own_grid(node, layer_name(node))
         elif is_in(kind, AVERAGE) or is_in(kind, MEAN):
-            grids[insert_after(graph_module, node, grids[sources[0]])] = grids[sources[0]]
+            name = f"grids.{node.name}"
+            shared = graph_module.get_submodule(grids[sources[0]])
+            assert isinstance(shared, ActivationQuantizer)
+            graph_module.add_submodule(name, shared.again(layer_name(node)))
+            grids[insert_after(graph_module, node, name)] = name
         elif is_in(kind, REARRANGE) or is_in(kind, PASS) or (is_in(kind, PAD) and _zero_pads(node, modules)):
             grids[node] = grids[sources[0]]
         else:
@@ -154,7 +158,7 @@ def _input_quantizer(preprocess: Preprocess) -> ActivationQuantizer:
     return quantizer
 
 
-def _rectifier(kind: Any) -> dict[str, Any] | None:
+def rectifier(kind: Any) -> dict[str, Any] | None:
     """How the grid behind a ReLU or ReLU6 differs from a plain one; None for everything else."""
     if is_in(kind, RELU):
         return {"nonnegative": True}
@@ -168,12 +172,12 @@ def _joins(node: fx.Node, kind: Any) -> bool:
     return (is_in(kind, ADD) or is_in(kind, CONCATENATE)) and len(node.all_input_nodes) > 1
 
 
-def _feeds_only_rectifier(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def _feeds_onlyrectifier(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether the only user of the node's value is a rectifier, whose grid then serves both."""
     users = list(node.users)
     if len(users) != 1 or users[0].op not in CALLS:
         return False
-    return _rectifier(kind_of(users[0], modules)) is not None
+    return rectifier(kind_of(users[0], modules)) is not None
 
 
 def _no_counterpart(node: fx.Node, kind: Any) -> ModelError:
@@ -217,10 +221,12 @@ def _zero_pads(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[int, int, 
     return None
 
 
-def _refuse_repeated_layers(graph_module: fx.GraphModule, modules: dict[str, nn.Module]) -> None:
+def _refuse_layers(graph_module: fx.GraphModule, modules: dict[str, nn.Module]) -> None:
+    """Raises ModelError for layers whose meaning would change in silence."""
     seen: set[str] = set()
     for node in graph_module.graph.nodes:
-        if node.op == "call_module" and isinstance(modules[node.target], (nn.Conv2d, nn.Linear)):
+        kind = kind_of(node, modules) if node.op in CALLS else None
+        if isinstance(kind, (nn.Conv2d, nn.Linear)):
             if node.target in seen:
                 raise ModelError(
                     f"layer {node.target}",
@@ -228,3 +234,16 @@ def _refuse_repeated_layers(graph_module: fx.GraphModule, modules: dict[str, nn.
                     "give each call a layer of its own, or leave `quantize` out of the recipe",
                 )
             seen.add(node.target)
+        if isinstance(kind, nn.Conv2d) and kind.padding_mode != "zeros":
+            raise ModelError(
+                f"layer {node.target}",
+                f"padding_mode {kind.padding_mode} has no int8 counterpart here",
+                "use zeros, or leave `quantize` out of the recipe",
+            )
+        in_place = getattr(kind, "inplace", False) or node.kwargs.get("inplace") or str(kind).endswith("_")
+        if in_place and rectifier(kind) and (not node.users or len(node.all_input_nodes[0].users) > 1):
+            raise ModelError(
+                f"layer {layer_name(node)}",
+                "changes its input in place, and the input is used again",
+                "use its result, with inplace=False",
+            )

@@ -128,7 +128,9 @@ class Prune(Settings):
             kept = compose(kept, removed)
             if self.batchnorm_images:
                 images = min(self.batchnorm_images, run.data.count("train"))
-                batches = run.data.batches("train", batch_size=min(64, images), limit=images, seed=run.seed)
+                batches = run.data.batches(
+                    "train", batch_size=min(64, images), shuffle=True, limit=images, seed=run.seed
+                )
                 module = reestimated_batchnorm(module, batches, run.device)
             if self.finetune is not None:
                 loss = objective(self.distill, product, run, label_smoothing=self.finetune.label_smoothing)

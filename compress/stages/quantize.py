@@ -37,7 +37,7 @@ class Quantize(Fit, Quantization):
         images = min(self.calibration_images, run.data.count("train"))
         calibrate(
             module,
-            run.data.batches("train", batch_size=min(32, images), limit=images, seed=run.seed),
+            run.data.batches("train", batch_size=min(32, images), shuffle=True, limit=images, seed=run.seed),
             run.device,
         )
         loss = objective(self.distill, product, run, label_smoothing=self.label_smoothing)

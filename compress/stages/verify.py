@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
@@ -14,82 +14,121 @@ import torch
 from pydantic import Field
 from torch import fx
 
-from compress.formats.tflite import with_outputs
+from compress.formats.tflite import tensor_names, with_outputs
 from compress.product import Product, Run
 from compress.quantization import Frozen, Grid, freeze
 from compress.settings import Settings
+from compress.stages.export import by_kind
 from compress.targets import open_model
-from compress.targets.agent import Model
 
-TORCH = "frozen torch int8"
+FROZEN, TRAINED = "frozen torch int8", "trained torch int8"
+"""The network on whole numbers, which the int8 files copy; and the fake-quantized network that was trained."""
+
+Predict = Callable[[np.ndarray], np.ndarray]
+"""Logits (N, K) of images (N, 3, H, W)."""
 
 
 class Verify(Settings):
-    """Fails the run where runtimes differ by more than the tolerances."""
+    """Fails the run where a file or a runtime computes something else than the network that was trained."""
 
     use: Literal["verify"]
     tolerance_lsb: int = Field(default=1, ge=0)
     """Largest difference of an int8 logit, in units of its last place."""
     tolerance_float: float = Field(default=1e-3, gt=0)
     """Largest difference of a float logit, as a part of the largest logit of the split."""
+    tolerance_top1: float = Field(default=0.02, ge=0, lt=1)
+    """Largest share of images whose class changes when fake quant becomes whole numbers (biases are rounded)."""
     threads: int = Field(default=2, ge=1)
 
     def apply(self, product: Product, run: Run) -> Product:
         models = {name: open_model(path, threads=self.threads) for name, path in product.files.items()}
         frozen = _frozen(product)
-        predictors = {name: _predictor(model) for name, model in models.items()}
-        if frozen is not None:
-            predictors[TORCH] = lambda images: _torch_logits(frozen, images)
+        references = _references(product, frozen)
+        predictors = references | {name: model.predict for name, model in models.items()}
         logits, labels_N = _all_logits(predictors, run)
-
-        files = {
-            name: {
-                "runtime": models[name].runtime,
-                "version": models[name].version,
-                "accuracy": float((logits[name].argmax(1) == labels_N).mean()),
-                "images": len(labels_N),
-            }
-            for name in models
-        }
         notes = sorted({note for model in models.values() for note in model.notes})
         for note in notes:
             run.progress.note(note)
         agreement = self._agreement(product, run, logits, frozen)
-        metrics = {
-            "tolerance_lsb": self.tolerance_lsb,
-            "tolerance_float": self.tolerance_float,
-            "images": len(labels_N),
-            "verdict": "PASS" if all(pair["verdict"] == "PASS" for pair in agreement) else "FAIL",
-            "reason": "; ".join(pair["reason"] for pair in agreement if pair["reason"]),
-            "files": files,
-            "agreement": agreement,
-            "notes": notes,
+        files = {
+            name: {
+                "runtime": model.runtime,
+                "version": model.version,
+                "accuracy": float((logits[name].argmax(1) == labels_N).mean()),
+                "images": len(labels_N),
+            }
+            for name, model in models.items()
         }
-        return replace(product, metrics=metrics)
+        return replace(
+            product,
+            metrics={
+                "tolerance_lsb": self.tolerance_lsb,
+                "tolerance_float": self.tolerance_float,
+                "tolerance_top1": self.tolerance_top1,
+                "images": len(labels_N),
+                "verdict": "PASS" if all(pair["verdict"] == "PASS" for pair in agreement) else "FAIL",
+                "reason": "; ".join(pair["reason"] for pair in agreement if pair["reason"]),
+                "files": files,
+                "agreement": agreement,
+                "notes": notes,
+            },
+        )
 
     def _agreement(
         self, product: Product, run: Run, logits: dict[str, np.ndarray], frozen: Frozen | None
     ) -> list[dict[str, Any]]:
-        """One entry per pair of files of one kind, and per int8 file and frozen torch."""
+        """One entry per pair of a float kind, per pair of int8 results, and for what freezing changed."""
         found = []
-        for a, b in combinations(sorted(logits, key=lambda name: (name != TORCH, name)), 2):
-            kind = "int8" if a == TORCH else Path(a).stem
-            if kind != Path(b).stem:
-                continue
+        for kind in by_kind(product):
+            names = [name for name in logits if name in _names(kind)]
             if kind != "int8":
-                found.append(compare_floats(a, b, logits[a], logits[b], self.tolerance_float) | {"kind": kind})
+                pairs = [(compare_floats, a, b, self.tolerance_float) for a, b in combinations(names, 2)]
+                found += [compare(a, b, logits[a], logits[b], bound) | {"kind": kind} for compare, a, b, bound in pairs]
                 continue
             assert frozen is not None
-            pair = compare_steps(a, b, _steps(frozen, logits[a]), _steps(frozen, logits[b]), self.tolerance_lsb)
-            if pair["differing"]:
-                image = _image(run, pair["worst_image"])
-                layers = compare_layers(_layers(a, product, frozen, image), _layers(b, product, frozen, image))
-                pair["layers"] = [layer for layer in layers if layer["differing"]]
-            if pair["verdict"] == "FAIL":
-                first = pair["layers"][0]
-                pair["reason"] += f", first at layer {first['layer']} (up to {first['max_lsb']} LSB)"
-            found.append(pair | {"kind": kind})
+            steps = {name: _steps(frozen, logits[name]) for name in names}
+            trained = compare_classes(TRAINED, FROZEN, steps[TRAINED], steps[FROZEN], self.tolerance_top1)
+            found.append(trained | {"kind": kind})
+            for a, b in combinations([name for name in names if name != TRAINED], 2):
+                pair = compare_steps(a, b, steps[a], steps[b], self.tolerance_lsb) | {"kind": kind}
+                if pair["verdict"] == "FAIL":
+                    image = _image(run, pair["worst_image"])
+                    layers = compare_layers(_layers(a, product, frozen, image), _layers(b, product, frozen, image))
+                    pair["layers"] = [layer for layer in layers if layer["differing"]]
+                    for first in pair["layers"][:1]:
+                        pair["reason"] += f", first at layer {first['layer']} (up to {first['max_lsb']} LSB)"
+                found.append(pair)
         return found
+
+
+def _names(kind: str) -> tuple[str, ...]:
+    """What computes the logits of one kind: torch first, then the files."""
+    torch_names = (TRAINED, FROZEN) if kind == "int8" else (f"torch {kind}",)
+    return (*torch_names, f"{kind}.onnx", f"{kind}.tflite")
+
+
+def _references(product: Product, frozen: Frozen | None) -> dict[str, Predict]:
+    """The networks themselves, by the names of `_names`."""
+    found = {_names(kind)[0]: _in_torch(network.module) for kind, network in by_kind(product).items()}
+    return found | ({FROZEN: _in_torch(frozen.module)} if frozen is not None else {})
+
+
+def _in_torch(module: torch.nn.Module) -> Predict:
+    def predict(images_NCHW: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            result: np.ndarray = module.eval()(torch.from_numpy(images_NCHW)).numpy()
+        return result
+
+    return predict
+
+
+def compare_classes(a: str, b: str, steps_a: np.ndarray, steps_b: np.ndarray, tolerance: float) -> dict[str, Any]:
+    """How the classes of two int8 results differ; LSB are counted too, but have no bound."""
+    pair = compare_steps(a, b, steps_a, steps_b, tolerance_lsb=10**9)
+    changed = 1 - pair["top1_agreement"]
+    if changed <= tolerance:
+        return pair
+    return pair | {"verdict": "FAIL", "reason": f"{a} and {b} differ in the class of {changed:.1%} of images"}
 
 
 def compare_steps(a: str, b: str, steps_a: np.ndarray, steps_b: np.ndarray, tolerance_lsb: int) -> dict[str, Any]:
@@ -129,19 +168,16 @@ def compare_floats(a: str, b: str, logits_a: np.ndarray, logits_b: np.ndarray, t
     }
 
 
-@dataclass(frozen=True)
-class Layers:
-    """Whole-number results of every quantized tensor for one image, by layer, NCHW, in the order of execution."""
-
-    steps: dict[str, np.ndarray]
+Steps = dict[str, np.ndarray]
+"""Whole-number results of every quantized tensor for one image, by layer, NCHW, in the order of execution."""
 
 
-def compare_layers(a: Layers, b: Layers) -> list[dict[str, Any]]:
+def compare_layers(a: Steps, b: Steps) -> list[dict[str, Any]]:
     """Per layer that both have: how many values differ, and by how many steps at most."""
     found = []
-    for layer in a.steps:
-        if layer in b.steps:
-            difference = np.abs(a.steps[layer].astype(np.int64) - b.steps[layer].astype(np.int64))
+    for layer in a:
+        if layer in b:
+            difference = np.abs(a[layer].astype(np.int64) - b[layer].astype(np.int64))
             found.append(
                 {
                     "layer": layer,
@@ -153,7 +189,7 @@ def compare_layers(a: Layers, b: Layers) -> list[dict[str, Any]]:
     return found
 
 
-def torch_layers(frozen: Frozen, image_CHW: np.ndarray) -> Layers:
+def torch_layers(frozen: Frozen, image_CHW: np.ndarray) -> Steps:
     """Every grid's result in the frozen network."""
     steps: dict[str, np.ndarray] = {}
 
@@ -167,10 +203,10 @@ def torch_layers(frozen: Frozen, image_CHW: np.ndarray) -> Layers:
     finally:
         for hook in hooks:
             hook.remove()
-    return Layers(steps)
+    return steps
 
 
-def onnx_layers(path: Path, grids: list[Grid], image_CHW: np.ndarray, workspace: Path) -> Layers:
+def onnx_layers(path: Path, grids: list[Grid], image_CHW: np.ndarray, workspace: Path) -> Steps:
     """Every QuantizeLinear's result in ONNX Runtime, from a copy of the file with more outputs."""
     model = onnx.load(path)
     for grid in grids:
@@ -178,14 +214,15 @@ def onnx_layers(path: Path, grids: list[Grid], image_CHW: np.ndarray, workspace:
     return _file_layers(model.SerializeToString(), workspace / "layers.onnx", grids, image_CHW)
 
 
-def tflite_layers(path: Path, grids: list[Grid], image_CHW: np.ndarray, workspace: Path) -> Layers:
+def tflite_layers(path: Path, grids: list[Grid], image_CHW: np.ndarray, workspace: Path) -> Steps:
     """The same tensors in LiteRT, as far as the file has them; NHWC turned to NCHW."""
-    return _file_layers(
-        with_outputs(path.read_bytes(), [grid.layer for grid in grids]), workspace / "layers.tflite", grids, image_CHW
-    )
+    content = path.read_bytes()
+    present = tensor_names(content)
+    content = with_outputs(content, [grid.layer for grid in grids if grid.layer in present])
+    return _file_layers(content, workspace / "layers.tflite", grids, image_CHW)
 
 
-def _file_layers(content: bytes, path: Path, grids: list[Grid], image_CHW: np.ndarray) -> Layers:
+def _file_layers(content: bytes, path: Path, grids: list[Grid], image_CHW: np.ndarray) -> Steps:
     path.write_bytes(content)
     try:
         model = open_model(path, threads=1)
@@ -200,11 +237,11 @@ def _file_layers(content: bytes, path: Path, grids: list[Grid], image_CHW: np.nd
             values = by_name[layer] - offset[layer]
             channels_last = path.suffix == ".tflite" and values.ndim == 3
             steps[layer] = values.transpose(2, 0, 1) if channels_last else values
-    return Layers(steps)
+    return steps
 
 
-def _layers(name: str, product: Product, frozen: Frozen, image_CHW: np.ndarray) -> Layers:
-    if name == TORCH:
+def _layers(name: str, product: Product, frozen: Frozen, image_CHW: np.ndarray) -> Steps:
+    if name == FROZEN:
         return torch_layers(frozen, image_CHW)
     path = product.files[name]
     read = onnx_layers if path.suffix == ".onnx" else tflite_layers
@@ -222,19 +259,7 @@ def _steps(frozen: Frozen, logits_NK: np.ndarray) -> np.ndarray:
     return frozen.steps(torch.from_numpy(logits_NK)).numpy()
 
 
-def _torch_logits(frozen: Frozen, images_NCHW: np.ndarray) -> np.ndarray:
-    with torch.inference_mode():
-        result: np.ndarray = frozen.module(torch.from_numpy(images_NCHW)).numpy()
-    return result
-
-
-def _predictor(model: Model) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda images: model.predict(images)
-
-
-def _all_logits(
-    predictors: dict[str, Callable[[np.ndarray], np.ndarray]], run: Run
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def _all_logits(predictors: dict[str, Predict], run: Run) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Logits (N, K) of the whole evaluation split, per file, and the labels (N,)."""
     size, count = 32, run.data.count("evaluation")
     logits: dict[str, list[np.ndarray]] = {name: [] for name in predictors}

@@ -19,6 +19,7 @@ from compress.quantization import (
     freeze,
     prepare,
 )
+from compress.quantization.fake_quant import weight_integers
 
 CPU = torch.device("cpu")
 
@@ -94,7 +95,7 @@ def test_a_relu6_grid_never_passes_six():
 def test_weights_are_on_symmetric_grids_per_channel():
     conv = nn.Conv2d(4, 6, 3)
     quantized = QuantizedConv2d.of(conv)
-    integers = quantized.integers()
+    integers = weight_integers(quantized.weight, quantized.weight_scale)
     assert integers.dtype == torch.int8
     assert integers.flatten(1).abs().amax(1).tolist() == [127] * 6
     rounded = integers * quantized.weight_scale.view(-1, 1, 1, 1)
@@ -212,3 +213,80 @@ def test_a_layer_used_twice_is_refused():
 
     with pytest.raises(ModelError, match="layer conv: runs twice"):
         prepare(Twice(), Quantization(), PREPROCESS)
+
+
+@pytest.mark.parametrize(
+    ("pool", "features"),
+    [
+        (nn.AvgPool2d(2), 8 * 4),
+        (nn.AdaptiveAvgPool2d(2), 8 * 4),
+        (nn.Sequential(nn.AvgPool2d(4), nn.Flatten()), 8),
+    ],
+)
+def test_averages_after_a_rectifier_stay_in_the_frozen_network(stripes, pool, features):
+    class Averages(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(3, 8, 3, stride=4, padding=1), nn.ReLU()
+            self.pool, self.head = pool, nn.Linear(features, 5)
+
+        def forward(self, x):
+            return self.head(self.pool(self.relu(self.conv(x))).flatten(1))
+
+    module = randomized(Averages())
+    graph = prepared(module, stripes)
+    images = stripes.splits["evaluation"][0]
+    frozen = freeze(graph)
+    assert (frozen.steps(frozen.module(images)) - frozen.steps(graph(images))).abs().max() <= 1
+    error = (frozen.module(images) - module(images)).abs().mean() / module(images).abs().mean()
+    assert error < 0.1  # without the pooling it is about 1
+
+
+def test_averages_do_not_move_the_grid_they_share(stripes):
+    class Averages(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.head(F.avg_pool2d(torch.relu(self.conv(x)), 8).mean((2, 3)))
+
+    module = randomized(Averages())
+    graph = prepared(module, stripes)
+    largest = [torch.relu(module.conv(b.images_NCHW)).max().item() for b in stripes.batches("train", batch_size=16)]
+    grid = next(m for m in graph.modules() if isinstance(m, ActivationQuantizer) and m.layer == "conv")
+    assert float(grid.scale.detach()) * 255 == pytest.approx(np.mean(largest), rel=0.01)  # weights are rounded
+
+
+def test_a_dead_channel_keeps_its_bias(stripes):
+    module = randomized(SmallNet())
+    with torch.no_grad():
+        module.down.weight[3] = 0
+        module.down.bias[3] = 1.2
+    frozen = freeze(prepared(module, stripes))
+    layer = frozen.integers["down"]
+    assert (layer.bias[3] * layer.bias_scale[3]).item() == pytest.approx(1.2, rel=1e-4)
+    assert layer.bias.abs().max() <= 2**30
+
+
+def test_other_paddings_than_zeros_are_refused():
+    module = SmallNet()
+    module.down = nn.Conv2d(16, 24, 3, stride=2, padding=1, padding_mode="reflect")
+    with pytest.raises(ModelError, match="layer down: padding_mode reflect"):
+        prepare(module, Quantization(), PREPROCESS)
+
+
+@pytest.mark.parametrize("use_result", [True, False])
+def test_in_place_activations_whose_input_lives_on_are_refused(use_result):
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.relu, self.head = nn.Conv2d(3, 8, 1), nn.ReLU(inplace=True), nn.Linear(8, 5)
+
+        def forward(self, x):
+            x = self.conv(x)
+            y = self.relu(x)
+            return self.head((x + y if use_result else x).mean((2, 3)))
+
+    with pytest.raises(ModelError, match="layer relu: changes its input in place"):
+        prepare(InPlace(), Quantization(), PREPROCESS)

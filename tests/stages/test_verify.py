@@ -3,11 +3,21 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import numpy_helper
 
+from compress.quantization import freeze
 from compress.stages.export import Export
 from compress.stages.quantize import Quantize
-from compress.stages.verify import Verify, compare_floats, compare_steps
+from compress.stages.verify import (
+    Verify,
+    compare_floats,
+    compare_layers,
+    compare_steps,
+    onnx_layers,
+    tflite_layers,
+    torch_layers,
+)
 
 EXPORT, VERIFY = Export(use="export"), Verify(use="verify")
 
@@ -37,6 +47,9 @@ def test_runtimes_agree_and_accuracy_is_the_files_own(exported, run):
     metrics = VERIFY.apply(exported, run).metrics
     assert metrics["verdict"] == "PASS", metrics["reason"]
     assert {(pair["a"], pair["b"]) for pair in metrics["agreement"]} == {
+        ("trained torch int8", "frozen torch int8"),
+        ("torch parent", "parent.onnx"),
+        ("torch parent", "parent.tflite"),
         ("frozen torch int8", "int8.onnx"),
         ("frozen torch int8", "int8.tflite"),
         ("int8.onnx", "int8.tflite"),
@@ -76,7 +89,24 @@ def test_a_float_file_that_differs_fails(exported, run):
     onnx.save(model, path)
     metrics = VERIFY.apply(replace(exported, files=files), run).metrics
     assert metrics["verdict"] == "FAIL"
+    assert "torch parent and parent.onnx differ by" in metrics["reason"]
     assert "parent.onnx and parent.tflite differ by" in metrics["reason"]
+    assert "torch parent and parent.tflite" not in metrics["reason"]
+
+
+def test_a_freeze_that_computes_something_else_fails(exported, run, monkeypatch):
+    """Files are copies of the frozen network, so only the trained one can tell."""
+    from compress.stages import verify
+
+    def broken(prepared):
+        frozen = freeze(prepared)
+        with torch.no_grad():
+            frozen.module.get_submodule("head").bias.copy_(torch.tensor([0.0, 0, 0, 0, 100]))
+        return frozen
+
+    monkeypatch.setattr(verify, "freeze", broken)
+    metrics = VERIFY.apply(exported, run).metrics
+    assert "trained torch int8 and frozen torch int8 differ in the class of" in metrics["reason"]
 
 
 def test_comparisons_against_hand_counts():
@@ -98,17 +128,14 @@ def test_comparisons_against_hand_counts():
 
 def test_layers_are_compared_as_whole_numbers(exported, run):
     """All three readers give the same numbers for the same tensors, in one layout."""
-    from compress.quantization import freeze
-    from compress.stages.verify import compare_layers, onnx_layers, tflite_layers, torch_layers
-
     frozen = freeze(exported.network.module)
     image = run.data.splits["evaluation"][0][0].numpy()
     by_torch = torch_layers(frozen, image)
     by_onnx = onnx_layers(exported.files["int8.onnx"], frozen.grids(), image, run.folder)
     by_tflite = tflite_layers(exported.files["int8.tflite"], frozen.grids(), image, run.folder)
-    assert list(by_torch.steps) == list(by_onnx.steps)
-    assert len(by_tflite.steps) >= 8
+    assert list(by_torch) == list(by_onnx)
+    assert len(by_tflite) >= 8
     for other in (by_onnx, by_tflite):
         found = compare_layers(by_torch, other)
-        assert len(found) == len(other.steps)
+        assert len(found) == len(other)
         assert max(layer["max_lsb"] for layer in found) <= 1
