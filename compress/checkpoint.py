@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -41,7 +42,10 @@ def load(folder: Path) -> Network:
         raise ModelError(
             folder / STRUCTURE, f"not readable ({_first_line(error)})", "save the network again"
         ) from error
-    settings = TypeAdapter(ModelSettings).validate_python(structure.model, strict=False)
+    try:
+        settings = TypeAdapter(ModelSettings).validate_json(json.dumps(structure.model))
+    except ValidationError as error:
+        raise ModelError(folder / STRUCTURE, "names no network we know", "save the network again") from error
     module = build(settings, structure.num_classes, structure.preprocess.size)
     resize(module, structure.kept)
     if structure.quantize is not None:

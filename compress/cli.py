@@ -1,12 +1,13 @@
 """The command line: `compress run`, `check`, `schema`, `bench`, `report`.
 
-Heavy libraries are imported by the command that needs them, so `--help` and `check` answer at once.
+Heavy libraries are imported by the command that needs them: `--help` and a board's `bench` do without torch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import sys
 import time
@@ -21,15 +22,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from compress.errors import CompressError
+from compress.errors import CompressError, GateError
 
 app = typer.Typer(
     help="Shrinks a PyTorch vision network for an ARM board and proves that it did.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+INTERRUPTED = 130
 WIDE = None if sys.stdout.isatty() else 140
 """Columns of tables in logs and pipes; a terminal says its own."""
 output, messages = Console(width=WIDE), Console(stderr=True)
@@ -45,25 +46,38 @@ Overrides = Annotated[
 def main() -> None:
     """Runs the command line; a mistake the user can mend is one clear message and exit status 1."""
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except typer.Abort:
-        _fail("stopped", 130)
-    except KeyboardInterrupt:
-        _fail("stopped; the same command goes on from the last finished stage", 130)
+        status = app(standalone_mode=False)
     except CompressError as error:
         _fail(str(error), 1)
+    except OSError as error:  # a full disk, a folder that may not be written
+        if error.filename is None and error.errno is None:
+            raise
+        _fail(f"{error.filename or 'disk'}: {error.strerror or error}", 1)
     except Exception as error:
         show = getattr(error, "format_message", None)  # a wrong option or argument
         if show is None:
             raise
         _fail(show(), 2)
+    if status == INTERRUPTED:  # typer has caught Ctrl-C
+        _fail("stopped; the same command goes on from the last finished stage", INTERRUPTED)
+    sys.exit(status or 0)
 
 
 def _fail(text: str, status: int) -> None:
-    messages.print(escape(text), style="red", highlight=False, soft_wrap=True)
+    if _speaks():
+        messages.print(escape(text), style="red", highlight=False, soft_wrap=True)
     sys.exit(status)
+
+
+def _speaks() -> bool:
+    """False in all but the first of torchrun's processes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@app.callback(invoke_without_command=True)
+def _help(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command()
@@ -79,7 +93,7 @@ def run(
 
     loaded = recipes.load(recipe, overrides or [])
     folder = out or Path("runs") / loaded.name
-    first = pipeline.is_first_process()
+    first = _speaks()
     progress = RichProgress(output) if first else pipeline.Silent()
     if first:
         output.print(f"[bold]{escape(loaded.name)}[/bold]: {escape(str(recipe))} -> {escape(str(folder))}")
@@ -90,7 +104,7 @@ def run(
     failure: CompressError | None = None
     try:
         pipeline.run_recipe(loaded, folder, progress, command=command, base=Path.cwd())
-    except pipeline.GateError as error:  # the report shows what failed
+    except GateError as error:  # the report shows what failed
         failure = error
     if not first:
         raise typer.Exit(1 if failure else 0)

@@ -6,6 +6,7 @@ CompressError
 ├── ModelError       factories, weights, structures, operators that a stage cannot handle
 ├── TrainingError    a loss that is not finite
 ├── TargetError      a machine that cannot measure
+├── RunFolderError   a run's folder that the report cannot read (in compress.report)
 └── GateError        a bound of the recipe that the result does not hold (parity)
 """
 
@@ -17,7 +18,10 @@ class CompressError(Exception):
         self.place = str(place)
         self.problem = problem
         self.way_out = way_out
-        super().__init__(f"{place}: {problem}" + (f"; {way_out}" if way_out else ""))
+        super().__init__(str(place), problem, way_out)  # as given, so that the error survives a trip between processes
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.problem}" + (f"; {self.way_out}" if self.way_out else "")
 
 
 class RecipeError(CompressError):
@@ -25,7 +29,11 @@ class RecipeError(CompressError):
 
     def __init__(self, lines: list[str]) -> None:
         self.lines = lines
-        Exception.__init__(self, "\n".join(lines))
+        self.place, self.problem, self.way_out = "recipe", f"{len(lines)} mistakes", ""
+        Exception.__init__(self, lines)
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
 
 
 class DataError(CompressError):

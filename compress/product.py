@@ -176,7 +176,9 @@ class Run:
     seed: int
     progress: Progress
     recipe_hash: str
-    """SHA-256 of the resolved recipe, for the metadata of exported files."""
+    """SHA-256 of the resolved recipe up to this stage, for the metadata of exported files."""
+    stage: str = ""
+    """What messages call the running stage: `02-train`."""
     target: str = "local"
     """The machine that measures, as the recipe names it."""
     rank: int = 0

@@ -10,13 +10,13 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from compress import processes
 from compress.errors import ModelError, TrainingError
 from compress.product import Batch, Run
 from compress.settings import Settings
@@ -84,7 +84,13 @@ def fit(
     student.train()
     if settings.only:
         _freeze_statistics(student, trained)
-    per_process = max(1, settings.batch_size // run.world_size)
+    per_process, left = divmod(settings.batch_size, run.world_size)
+    if left:
+        raise TrainingError(
+            f"stage {run.stage or label}",
+            f"batch_size {settings.batch_size} cannot be shared equally by {run.world_size} processes",
+            f"try {(per_process + 1) * run.world_size}",
+        )
 
     def epoch_batches(epoch: int) -> Any:
         return run.data.batches(
@@ -121,10 +127,11 @@ def fit(
                     batch.labels_N.to(run.device, non_blocking=True),
                 )
                 value = loss(wrapped, on_device)
-                if not math.isfinite(value.item()):
+                loss_now = processes.mean(value.item(), run.device)
+                if not math.isfinite(loss_now):
                     raise TrainingError(
-                        f"stage {label}",
-                        f"the loss is {value.item()} at epoch {epoch + 1}, step {number + 1}",
+                        f"stage {run.stage or label}",
+                        f"the loss is {loss_now} at epoch {epoch + 1}, step {number + 1}",
                         f"try a lower lr (now {settings.lr:g}), a longer warm-up or a smaller clip_norm",
                     )
                 optimizer.zero_grad(set_to_none=True)
@@ -134,18 +141,24 @@ def fit(
                 optimizer.step()
                 if average is not None:
                     average.update_parameters(student)
-                losses += value.item()
+                losses += loss_now
                 step += 1
                 advance(f"loss {losses / (number + 1):.3f}")
         history.append(
             {
                 "epoch": epoch + 1,
-                "loss": _mean_over_processes(losses / (number + 1), run),
+                "loss": losses / (number + 1),
                 "lr": lr,
                 "seconds": time.perf_counter() - began,
             }
         )
     result = average.module if average is not None else student
+    if not all(parameter.isfinite().all() for parameter in result.parameters()):
+        raise TrainingError(
+            f"stage {run.stage or label}",
+            "weights are not finite after the last step",
+            f"try a lower lr (now {settings.lr:g})",
+        )
     result.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return result.requires_grad_(True).eval(), history
 
@@ -173,8 +186,8 @@ def reestimated_batchnorm(module: nn.Module, batches: Iterable[Batch], device: t
     return copied.cpu().eval()
 
 
-def _choose_parameters(module: nn.Module, patterns: tuple[str, ...], label: str) -> set[str]:
-    """Freezes what no pattern matches; the names of what is trained."""
+def refuse_unmatched(module: nn.Module, patterns: tuple[str, ...], label: str) -> None:
+    """Raises ModelError for a pattern of `Fit.only` that matches no parameter."""
     names = [name for name, _ in module.named_parameters()]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -183,6 +196,12 @@ def _choose_parameters(module: nn.Module, patterns: tuple[str, ...], label: str)
                 f"`only: {pattern}` matches no parameter",
                 f"the last ones are {', '.join(names[-4:])}",
             )
+
+
+def _choose_parameters(module: nn.Module, patterns: tuple[str, ...], label: str) -> set[str]:
+    """Freezes what no pattern matches; the names of what is trained."""
+    refuse_unmatched(module, patterns, label)
+    names = [name for name, _ in module.named_parameters()]
     chosen = {n for n in names if not patterns or any(fnmatchcase(n, pattern) for pattern in patterns)}
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in chosen)
@@ -220,11 +239,3 @@ def _ema(decay: float) -> Callable[[Any, Any, Any], None]:
                 mean.copy_(value)
 
     return update
-
-
-def _mean_over_processes(value: float, run: Run) -> float:
-    if run.world_size == 1:
-        return value
-    shared = torch.tensor([value], device=run.device)
-    dist.all_reduce(shared)
-    return float(shared) / run.world_size

@@ -138,7 +138,7 @@ def test_stages_that_the_recipe_no_longer_has_go(place):
 
 
 def test_a_diverging_stage_keeps_what_was_finished_and_leaves_no_half(place):
-    with pytest.raises(TrainingError, match=r"stage distill: the loss is (nan|inf)"):
+    with pytest.raises(TrainingError, match=r"stage 03-distill: the loss is (nan|inf)"):
         go(place, "stages.distill.lr=1e30", "stages.distill.clip_norm=null", out="diverging")
     assert sorted(path.name for path in (place / "diverging/stages").iterdir()) == ALL[:3]
 

@@ -19,7 +19,6 @@ DataSettings = Annotated[Digits | Folder, Field(discriminator="use")]
 def open_data(
     settings: Digits | Folder,
     preprocess: Preprocess,
-    seed: int,
     progress: Progress,
     base: Path,
     checked: str | None = None,

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from compress.errors import ModelError
 from compress.models.structure import SLICEABLE, swap_sides
 
 Side = Literal["outputs", "inputs"]
@@ -60,6 +61,12 @@ def find_coupled(module: nn.Module, input_size: int, channels: int = 3) -> tuple
                 output_transform=lambda logits: logits * 1,
                 verbose=False,
             )
+    except Exception as error:
+        raise ModelError(
+            type(module).__name__,
+            f"torch-pruning cannot follow it ({(str(error).strip().splitlines() or [type(error).__name__])[0]})",
+            "leave `prune` out of the recipe",
+        ) from error
     finally:
         module.train(was_training)
         for parameter, requires_grad in trained.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 from torch import fx, nn
@@ -14,14 +15,31 @@ CALLS = ("call_module", "call_function", "call_method")
 
 def trace(module: nn.Module) -> fx.GraphModule:
     """The graph of an eval-mode copy of `module`. Raises ModelError where its control flow depends on the data."""
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    defaults = {p.name: p.default for p in parameters[1:] if p.default is not p.empty}
     try:
-        return fx.symbolic_trace(copy.deepcopy(module).eval())
+        graph_module = fx.symbolic_trace(copy.deepcopy(module).eval(), concrete_args=defaults or None)
+        _drop_defaults(graph_module)
+        return graph_module
     except Exception as error:
         raise ModelError(
             type(module).__name__,
             f"cannot be traced as one graph ({str(error).splitlines()[0]})",
             "its forward must not branch or loop on tensor values or sizes",
         ) from error
+
+
+def _drop_defaults(graph_module: fx.GraphModule) -> None:
+    """Removes optional arguments of the forward, which were traced with their defaults, and fx's checks of them."""
+    _, *optional = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    for placeholder in optional:
+        for user in [*placeholder.users]:
+            for check in [*user.users, user]:
+                graph_module.graph.erase_node(check)
+        graph_module.graph.erase_node(placeholder)
+    # fx binds the defaults in the generated signature; the graph takes one image now.
+    graph_module.graph.set_codegen(fx.graph.CodeGen())
+    graph_module.recompile()
 
 
 def kind_of(node: fx.Node, modules: dict[str, nn.Module]) -> Any:

@@ -68,8 +68,15 @@ def prepare(module: nn.Module, settings: Quantization, preprocess: Preprocess) -
     """
     graph_module = fold_batchnorm(module)
     size = preprocess.size
-    with torch.no_grad():
-        ShapeProp(graph_module).propagate(torch.zeros(1, 3, size, size))
+    try:
+        with torch.no_grad():
+            ShapeProp(graph_module).propagate(torch.zeros(1, 3, size, size))
+    except Exception as error:
+        raise ModelError(
+            type(module).__name__,
+            f"fails as a traced graph ({(str(error).strip().splitlines() or [type(error).__name__])[0]})",
+            "its forward must not depend on anything but the image",
+        ) from error
     modules = dict(graph_module.named_modules())
     _merge_pads(graph_module, modules)
     _refuse_layers(graph_module, modules)
@@ -100,6 +107,8 @@ def prepare(module: nn.Module, settings: Quantization, preprocess: Preprocess) -
             continue  # sizes and other plain numbers
         kind, sources = kind_of(node, modules), node.all_input_nodes
         layered = isinstance(kind, (QuantizedConv2d, QuantizedLinear))
+        if isinstance(kind, QuantizedLinear) and len(node.meta["tensor_meta"].shape) != 2:
+            raise _no_counterpart(node, kind)
         rectifies = rectifier(kind)
         on_grid = sources and all(source in grids for source in sources if is_tensor(source))
         if rectifies and sources:

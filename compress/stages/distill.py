@@ -16,9 +16,9 @@ from compress import checkpoint
 from compress.errors import ModelError
 from compress.losses import LossSettings
 from compress.losses.kd import SoftTargets
-from compress.product import Batch, Network, Product, Run
+from compress.product import Batch, Network, Preprocess, Product, Run
 from compress.settings import Settings
-from compress.training import Fit, Loss, fit, labels_loss
+from compress.training import Fit, Loss, fit, labels_loss, refuse_unmatched
 
 
 class Distillation(Settings):
@@ -36,6 +36,10 @@ class Distill(Fit, Distillation):
     """Trains the network as it is now on its teacher's outputs and the labels."""
 
     use: Literal["distill"]
+
+    def check(self, module: nn.Module, preprocess: Preprocess) -> None:
+        """Raises ModelError for a pattern that matches no parameter."""
+        refuse_unmatched(module, self.only, "distill")
 
     def apply(self, product: Product, run: Run) -> Product:
         loss = objective(self, product, run, label_smoothing=self.label_smoothing)
@@ -72,6 +76,12 @@ def _teacher(distillation: Distillation, product: Product, run: Run) -> nn.Modul
         network = product.original
     else:
         network = checkpoint.load(Path(distillation.teacher))
+        if network.structure.preprocess != run.data.preprocess:
+            raise ModelError(
+                distillation.teacher,
+                f"this teacher sees other pixels ({network.structure.preprocess})",
+                "name a network trained with this recipe's `preprocess`",
+            )
         classes = network.structure.num_classes
         if classes != len(run.data.labels):
             raise ModelError(

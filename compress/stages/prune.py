@@ -28,7 +28,7 @@ from compress.measures import layers as measured_layers
 from compress.measures import macs
 from compress.models.coupled import Coupled, Side, channel_rows, depthwise, find_coupled
 from compress.models.structure import compose, resize, sizes
-from compress.product import Batch, KeptChannels, Network, Product, Run
+from compress.product import Batch, KeptChannels, Network, Preprocess, Product, Run
 from compress.settings import Settings
 from compress.stages.distill import Distillation, objective
 from compress.training import Fit, fit, labels_loss, reestimated_batchnorm
@@ -95,6 +95,22 @@ class Prune(Settings):
             raise ValueError("`distill` teaches while `finetune` trains: give both, or let a stage `distill` follow")
         return self
 
+    def check(self, module: nn.Module, preprocess: Preprocess) -> None:
+        """Raises ModelError for a network that cannot be followed, an unmatched pattern, a goal out of reach."""
+        sets, _ = find_coupled(module, preprocess.size)
+        least_widths = self._least_widths(module)
+        fewest = [_widths(coupled, module, least_widths, self.round_to)[-1] for coupled in sets]
+        self._refuse_out_of_reach(macs(module, preprocess.size), _cost(module, sets, preprocess.size)(fewest))
+
+    def _refuse_out_of_reach(self, before: int, least: int) -> None:
+        if least > self.goal.most_macs(before):
+            raise ModelError(
+                "stage prune",
+                f"`goal: {{macs: {self.goal.macs:g}}}` is out of reach: under these limits "
+                f"{math.ceil(1000 * least / before) / 1000:g} of the multiply-adds remain",
+                "raise max_ratio or layer_ratios, lower round_to, or keep fewer layers",
+            )
+
     def apply(self, product: Product, run: Run) -> Product:
         network, size = product.network, run.data.preprocess.size
         if network.structure.quantize is not None:
@@ -112,14 +128,7 @@ class Prune(Settings):
                     run.progress.note(sentence)
             ranked = self._rank(module, sets, least_widths, run, generator)
             cost = _cost(module, sets, size)
-            least = cost([ranking.widths[-1] for ranking in ranked])
-            if least > most:
-                raise ModelError(
-                    "stage prune",
-                    f"`goal: {{macs: {self.goal.macs:g}}}` is out of reach: under these limits "
-                    f"{math.ceil(1000 * least / before) / 1000:g} of the multiply-adds remain",
-                    "raise max_ratio or layer_ratios, lower round_to, or keep fewer layers",
-                )
+            self._refuse_out_of_reach(before, cost([ranking.widths[-1] for ranking in ranked]))
             # Exact in the last step, where the power is 1.
             now = most if step == self.steps else round(before * (most / before) ** (step / self.steps))
             removed = _kept(module, sets, ranked, choose(ranked, cost, most=now, scope=self.scope))

@@ -26,7 +26,7 @@ class Silent:
 
 def digits(size=16, crop=1.0, **settings) -> ImageData:
     chosen = Digits(use="digits", **settings)
-    data = open_data(chosen, Preprocess(size=size, crop=crop), 0, Silent(), Path.cwd())
+    data = open_data(chosen, Preprocess(size=size, crop=crop), Silent(), Path.cwd())
     assert isinstance(data, ImageData)
     return data
 

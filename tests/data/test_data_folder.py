@@ -52,7 +52,7 @@ def root(tmp_path):
 
 def opened(root, progress=None, checked=None, **settings) -> ImageData:
     chosen = Folder(use="folder", path=str(root), **settings)
-    data = open_data(chosen, Preprocess(size=8), 0, progress or Notes(), Path.cwd(), checked)
+    data = open_data(chosen, Preprocess(size=8), progress or Notes(), Path.cwd(), checked)
     assert isinstance(data, ImageData)
     return data
 
@@ -92,7 +92,7 @@ def test_zip_is_the_same_data(root, tmp_path, prefix, method):
 
 def test_relative_path_starts_at_base(root):
     settings = Folder(use="folder", path=root.name)
-    assert open_data(settings, Preprocess(size=8), 0, Notes(), root.parent).count("train") == 8
+    assert open_data(settings, Preprocess(size=8), Notes(), root.parent).count("train") == 8
 
 
 def test_same_augmentation_for_any_number_of_workers(root):

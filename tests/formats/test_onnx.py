@@ -17,7 +17,9 @@ from compress.formats.tflite import read_metadata, to_tflite
 from compress.quantization import Quantization, calibrate, fold_batchnorm, freeze, prepare
 from compress.targets import open_model
 
-ABOUT = metadata(kind="int8", preprocess=PREPROCESS, labels=["a", "b", "c", "d", "é"], recipe_hash="f" * 64)
+ABOUT = metadata(
+    kind="int8", layout="NCHW", preprocess=PREPROCESS, labels=["a", "b", "c", "d", "é"], recipe_hash="f" * 64
+)
 
 
 @pytest.fixture(scope="module")

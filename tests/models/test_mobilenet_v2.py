@@ -143,7 +143,7 @@ def test_imagenet_weights_recognise_photographs():
     half = (0.5, 0.5, 0.5)
     # The photographs have 112 pixels a side; 128 x 128 of them enlarged suit the network better than 96 x 96.
     preprocess = Preprocess(size=128, mean=half, std=half)
-    data = open_data(Folder(use="folder", path=str(PHOTOS), workers=0), preprocess, 0, Silent(), Path.cwd())
+    data = open_data(Folder(use="folder", path=str(PHOTOS), workers=0), preprocess, Silent(), Path.cwd())
     network = build(settings(padding="same"), 1000, 128)
     load_weights(network, WEIGHTS, Silent())
     correct = 0

@@ -1,0 +1,71 @@
+"""Several processes of one run, started by torchrun; without it, everything here is a process of its own.
+
+The first process (rank 0) writes and speaks. What it alone finds out reaches the others through `shared`, its mistakes
+too, so that no process waits for one that has stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from compress.errors import CompressError
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=7)
+"""How long a process waits for the others: the first one exports and measures alone, which may take hours."""
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[tuple[int, int]]:
+    """(rank, number of processes); joins torchrun's processes where its environment variables are set."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield 0, 1
+        return
+    device = own_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    try:
+        yield dist.get_rank(), count
+    finally:
+        dist.destroy_process_group()
+
+
+def own_device() -> torch.device:
+    """This process's GPU, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def shared(find: Callable[[], T]) -> T:
+    """What `find` returns in the first process, in all of them. A CompressError that it raises is raised in all."""
+    if not dist.is_initialized():
+        return find()
+    box: list[object] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = find()
+        except CompressError as error:
+            box[1] = error
+    dist.broadcast_object_list(box)
+    if isinstance(box[1], CompressError):
+        raise box[1]
+    return box[0]  # type: ignore[return-value]
+
+
+def mean(value: float, device: torch.device) -> float:
+    """The mean of `value` over all processes; not finite in any makes it not finite in all."""
+    if not dist.is_initialized():
+        return value
+    total = torch.tensor([value], device=device)
+    dist.all_reduce(total)
+    return float(total) / dist.get_world_size()
