@@ -71,7 +71,6 @@ def run_recipe(
             world_size=world_size,
             base=base,
         )
-        began = time.perf_counter()
         fold.ask_network()
         processes.shared(lambda: _make(folder))
         facts = _facts(fold, command)
@@ -85,7 +84,7 @@ def run_recipe(
             fold.record(facts | {"stages": sorted([*ran, *resumed])})
             if fold.failed:
                 break
-        facts |= {"finished": _now(), "seconds": time.perf_counter() - began, "stages": sorted([*ran, *resumed])}
+        facts |= {"finished": _now(), "seconds": fold.seconds, "stages": sorted([*ran, *resumed])}
         fold.record(facts)
         processes.shared(lambda: manifest.forget_others(folder / "stages", facts["stages"]))
         if fold.failed:
@@ -138,6 +137,8 @@ class _Fold:
     refs: dict[str, Any] = field(default_factory=dict)
     """Where the product lies: folders of its networks, paths of its files, relative to the run's folder."""
     asked: bool = False
+    seconds: float = 0.0
+    """Of all stages so far, those of earlier runs included."""
     failed: tuple[str, str, str] | None = None
 
     def record(self, facts: dict[str, Any]) -> None:
@@ -161,6 +162,7 @@ class _Fold:
                 self.product = _load_product(self.folder, self.refs)
             found = self._run(index, stage, label, place)
         self.refs, self.made = found["product"], found["files"]
+        self.seconds += found["seconds"]
         if found["metrics"].get("verdict") == "FAIL":
             self.failed = (f"stage {label}", found["metrics"]["reason"], "see the report")
         return resumed

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import zipfile
@@ -129,6 +130,26 @@ def test_all_mistakes_of_a_recipe_come_at_once_with_their_lines(place):
     assert len(lines) == 2
     assert lines[0].startswith("bad.yaml:7: stages.0.epocs: unknown field")
     assert lines[1].startswith("bad.yaml:8: stages.1.goal.macs:")
+
+
+def test_ctrl_c_stops_at_once_says_how_to_go_on_and_leaves_no_half(place):
+    words = ["run", "recipe.yaml", "stages.train.epochs=500"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "compress.cli", *words],
+        cwd=place,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert any("train  epoch 2/500" in line for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.strip() == "stopped; the same command goes on from the last finished stage"
+    assert sorted(path.name for path in (place / "runs/small/stages").iterdir()) == ["00-load"]
 
 
 def test_a_wrong_option_is_told_without_a_traceback(place):

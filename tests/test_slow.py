@@ -104,19 +104,41 @@ def test_the_photograph_recipe_runs_every_stage(tmp_path):
     assert stages["07-verify"]["metrics"]["images"] == 3925
 
 
+def on_two_processes(place: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """`compress run recipe.yaml ...` under torchrun; a hang is a failure."""
+    (place / "mynet.py").write_text(NETWORK)
+    (place / "recipe.yaml").write_text(RECIPE)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    job = ["-m", "compress.cli", "run", "recipe.yaml", "--out", "two", *words]
+    settings = {**environment(), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*launcher, *job], cwd=place, env=settings, capture_output=True, text=True, timeout=600)
+
+
 def test_two_processes_under_torchrun(tmp_path):
     """DistributedDataParallel over gloo: same number of steps, a trained network, written once."""
-    (tmp_path / "mynet.py").write_text(NETWORK)
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    job = ["-m", "compress.cli", "run", "recipe.yaml", "--out", "two"]
-    settings = {**environment(), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launcher, *job], cwd=tmp_path, env=settings, capture_output=True, text=True, timeout=600)
+    done = on_two_processes(tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("report: ") == 1
     stages = manifests(tmp_path / "two")
     assert json.loads((tmp_path / "two/run.json").read_text())["processes"] == 2
     assert stages["01-train"]["network"]["accuracy"] > 0.8
     assert stages["06-verify"]["metrics"]["verdict"] == "PASS"
-    again = subprocess.run([*launcher, *job], cwd=tmp_path, env=settings, capture_output=True, text=True, timeout=600)
+    again = on_two_processes(tmp_path)
     assert again.stdout.count("unchanged, taken from the run of") == 8
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("stages.distill.lr=1e30", "stage 03-distill: the loss is"),  # in both processes
+        ("stages.prune.keep=[nothing]", "`keep: nothing` matches no"),  # found by the first alone
+        ("stages.train.batch_size=63", "batch_size 63 cannot be shared equally by 2 processes"),
+        ("stages.verify.tolerance_float=1e-30", "stage 06-verify: "),
+    ],
+)
+def test_mistakes_under_torchrun_stop_all_processes_and_are_said_once(tmp_path, override, said):
+    done = on_two_processes(tmp_path, override, "stages.train.epochs=1")
+    assert done.returncode != 0
+    assert sum(line.startswith((said, "stage prune: ", "stage 01-train: ")) for line in done.stderr.splitlines()) == 1
+    assert said in done.stderr
+    assert not list((tmp_path / "two/stages").glob("*.partial"))

@@ -236,6 +236,7 @@ class RunDescription(Part):
     platform: str | None = None
     cpu: str | None = None
     threads: int | None = None
+    processes: int | None = None
     device: str | None = None
     seed: int | None = None
     data: DataDescription = DataDescription()

@@ -384,11 +384,17 @@ def _best(files: list[dict[str, Any]]) -> tuple[dict[str, Any] | None, dict[str,
 def _stages(
     stages: list[Stage], parent: _Parent | None, files: list[dict[str, Any]], best: dict[str, Any] | None
 ) -> list[dict[str, Any]]:
-    """Every stage with the network before and after it; frames per second in the headline's runtime and threads."""
+    """Every stage with the network before and after it; frames per second in the headline's runtime and threads.
+
+    Training changes no shape: a network that was only trained on before it was exported is as fast as its file.
+    """
     fps: dict[str | None, float] = {}
     for file in files:
         if best and file["timing"] and _session(file) == _session(best):
             fps.setdefault(file["stage"], file["timing"]["fps"])
+    shapes = {stage.manifest.folder: _shape(stage.manifest.network) for stage in stages if stage.manifest.network}
+    by_shape = {shapes[name]: value for name, value in fps.items() if name in shapes}
+    fps |= {name: by_shape[shape] for name, shape in shapes.items() if name not in fps and shape in by_shape}
     found = []
     before = None
     if parent and parent.stage is None:
@@ -404,7 +410,10 @@ def _stages(
                 "network": after,
                 "before": before if after else None,
                 "points": after and _minus(after["accuracy"], before["accuracy"] if before else None),
-                "training": [epoch.model_dump() for epoch in getattr(metrics, "history", [])],
+                "training": [
+                    epoch.model_dump() | {"epoch": number}  # `prune` starts its count anew in every step
+                    for number, epoch in enumerate(getattr(metrics, "history", []), start=1)
+                ],
                 "pruning": metrics.model_dump(mode="json", exclude={"history"})
                 if isinstance(metrics, Pruning)
                 else None,
@@ -412,6 +421,12 @@ def _stages(
         )
         before = after or before
     return found
+
+
+def _shape(network: NetworkFigures) -> tuple[Any, ...]:
+    """What decides a network's speed: precision and layers. Equal for networks that differ in their weights alone."""
+    layers = [(layer.name, layer.kind, layer.inputs, layer.outputs, layer.groups) for layer in network.layers]
+    return network.precision, tuple(layers) or object()
 
 
 def _network(figures: NetworkFigures, parent: _Parent | None, stage: str | None) -> dict[str, Any]:
@@ -484,6 +499,7 @@ def _conditions(run: RunDescription) -> dict[str, str]:
         "Trained on": run.device,
         "Host CPU": run.cpu,
         "Threads in training": run.threads,
+        "Processes in training": run.processes if run.processes != 1 else None,
         "Platform": run.platform,
         "Versions": {
             **({"compress": run.compress} if run.compress else {}),

@@ -24,6 +24,9 @@ from compress.targets import open_model
 FROZEN, TRAINED = "frozen torch int8", "trained torch int8"
 """The network on whole numbers, which the int8 files copy; and the fake-quantized network that was trained."""
 
+HUGE = 1e30
+"""In place of differences that are no numbers, which JSON does not have."""
+
 Predict = Callable[[np.ndarray], np.ndarray]
 """Logits (N, K) of images (N, 3, H, W)."""
 
@@ -153,8 +156,8 @@ def compare_steps(a: str, b: str, steps_a: np.ndarray, steps_b: np.ndarray, tole
 
 def compare_floats(a: str, b: str, logits_a: np.ndarray, logits_b: np.ndarray, tolerance: float) -> dict[str, Any]:
     """How far two float results (N, K) are apart, relative to the largest logit; one entry for the report."""
-    largest = float(np.abs(logits_a - logits_b).max())
-    relative = largest / max(float(np.abs(logits_a).max()), 1e-12)
+    largest = float(np.nan_to_num(np.abs(logits_a - logits_b), nan=HUGE, posinf=HUGE).max())
+    relative = largest / max(float(np.nan_to_num(np.abs(logits_a), posinf=HUGE).max()), 1e-12)
     passed = relative <= tolerance
     return {
         "a": a,

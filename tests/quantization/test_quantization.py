@@ -130,7 +130,7 @@ def test_fake_quant_stays_close_and_frozen_equals_it(stripes, learn):
     float_NK, fake_NK, frozen_NK = module(images), graph(images), frozen.module(images)
     assert (fake_NK.argmax(1) == float_NK.argmax(1)).float().mean() >= 0.9
     assert (frozen.steps(fake_NK) - frozen.steps(frozen_NK)).abs().max() <= 1
-    assert (frozen_NK - fake_NK).abs().mean() < 0.1 * frozen.output.scale
+    assert (frozen.steps(fake_NK) != frozen.steps(frozen_NK)).float().mean() < 0.25  # biases are rounded
 
 
 def test_frozen_network_equals_integer_arithmetic(stripes):
@@ -290,3 +290,33 @@ def test_in_place_activations_whose_input_lives_on_are_refused(use_result):
 
     with pytest.raises(ModelError, match="layer relu: changes its input in place"):
         prepare(InPlace(), Quantization(), PREPROCESS)
+
+
+def test_optional_arguments_of_the_forward_take_their_defaults(stripes):
+    class Optional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+        def forward(self, x, targets=None, double=False):
+            features = self.conv(x).relu().mean((2, 3))
+            logits = self.head(features * 2 if double else features)
+            return logits if targets is None else F.cross_entropy(logits, targets)
+
+    module = randomized(Optional())
+    images = stripes.splits["evaluation"][0]
+    torch.testing.assert_close(fold_batchnorm(module)(images), module(images))
+    assert freeze(prepared(module, stripes)).module(images).shape == (40, 5)
+
+
+def test_a_linear_layer_over_rows_is_refused():
+    class Mixer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix, self.head = nn.Linear(16, 16), nn.Linear(3 * 16 * 16, 5)
+
+        def forward(self, x):
+            return self.head(self.mix(x).flatten(1))
+
+    with pytest.raises(ModelError, match="layer mix: operator QuantizedLinear"):
+        prepare(Mixer(), Quantization(), PREPROCESS)
