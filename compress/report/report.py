@@ -616,6 +616,7 @@ def _environment(*, autoescape: bool, finalize: Callable[[Any], Any] | None = No
         "three_digits",
         "smaller",
         "agreement",
+        "uncounted",
         "moment",
     ):
         environment.filters[name] = getattr(wording, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Any
 
 NOT_MEASURED = "not measured"
 
@@ -11,6 +12,11 @@ RUNTIMES = {"onnxruntime": "ONNX Runtime", "litert": "LiteRT"}
 
 def percent(fraction: float | None) -> str:
     return NOT_MEASURED if fraction is None else f"{100 * fraction:.1f}%"
+
+
+def uncounted(pair: dict[str, Any]) -> str:
+    """In place of a count of outputs that differ: int8 against what was trained is compared by class."""
+    return "compared by class" if pair["kind"] == "int8" else NOT_MEASURED
 
 
 def agreement(fraction: float | None) -> str:

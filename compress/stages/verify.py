@@ -126,12 +126,16 @@ def _in_torch(module: torch.nn.Module) -> Predict:
 
 
 def compare_classes(a: str, b: str, steps_a: np.ndarray, steps_b: np.ndarray, tolerance: float) -> dict[str, Any]:
-    """How the classes of two int8 results differ; LSB are counted too, but have no bound."""
-    pair = compare_steps(a, b, steps_a, steps_b, tolerance_lsb=10**9)
-    changed = 1 - pair["top1_agreement"]
-    if changed <= tolerance:
-        return pair
-    return pair | {"verdict": "FAIL", "reason": f"{a} and {b} differ in the class of {changed:.1%} of images"}
+    """How many images two int8 results (N, K) put into different classes; one entry for the report."""
+    same = float((steps_a.argmax(1) == steps_b.argmax(1)).mean())
+    passed = 1 - same <= tolerance
+    return {
+        "a": a,
+        "b": b,
+        "top1_agreement": same,
+        "verdict": "PASS" if passed else "FAIL",
+        "reason": "" if passed else f"{a} and {b} differ in the class of {1 - same:.1%} of images",
+    }
 
 
 def compare_steps(a: str, b: str, steps_a: np.ndarray, steps_b: np.ndarray, tolerance_lsb: int) -> dict[str, Any]:
