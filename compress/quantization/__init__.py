@@ -7,12 +7,14 @@ activations per tensor, affine, 8 bits; biases as int32 on the grid input scale 
 from compress.quantization.fake_quant import ActivationQuantizer, QuantizedConv2d, QuantizedLinear
 from compress.quantization.fold import fold_batchnorm
 from compress.quantization.freeze import Frozen, Grid, Integers, freeze
+from compress.quantization.integer import IntegerResult, run_integers
 from compress.quantization.prepare import Quantization, calibrate, prepare
 
 __all__ = [
     "ActivationQuantizer",
     "Frozen",
     "Grid",
+    "IntegerResult",
     "Integers",
     "Quantization",
     "QuantizedConv2d",
@@ -21,4 +23,5 @@ __all__ = [
     "fold_batchnorm",
     "freeze",
     "prepare",
+    "run_integers",
 ]

@@ -48,11 +48,12 @@ class Integers:
     """int32, on the grid `bias_scale`."""
     bias_scale: Tensor
     """float32: input scale x weight scale."""
+    input_scale: float
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """A network on its integer grids: `module` computes in float32 what the int8 files compute in integers."""
+    """A network on its integer grids: `module`, in float32, is what is exported; `run_integers` is exact."""
 
     module: fx.GraphModule
     integers: dict[str, Integers]
@@ -138,7 +139,7 @@ def _plain(layer: QuantizedConv2d | QuantizedLinear, input_scale: float) -> tupl
     scale = torch.maximum(layer.weight_scale.detach(), bias_real.abs() / (input_scale * LARGEST_BIAS))
     bias_scale = torch.tensor(input_scale, dtype=torch.float32) * scale
     bias = torch.round(bias_real.double() / bias_scale.double())
-    integers = Integers(weight_integers(layer.weight, scale), scale, bias.to(torch.int32), bias_scale)
+    integers = Integers(weight_integers(layer.weight, scale), scale, bias.to(torch.int32), bias_scale, input_scale)
     plain: nn.Conv2d | nn.Linear
     if isinstance(layer, QuantizedConv2d):
         plain = nn.Conv2d(

@@ -16,7 +16,7 @@ from torch import fx
 
 from compress.formats.tflite import tensor_names, with_outputs
 from compress.product import Product, Run
-from compress.quantization import Frozen, Grid, freeze
+from compress.quantization import Frozen, Grid, freeze, run_integers
 from compress.settings import Settings
 from compress.stages.export import by_kind
 from compress.targets import open_model
@@ -113,7 +113,15 @@ def _names(kind: str) -> tuple[str, ...]:
 def _references(product: Product, frozen: Frozen | None) -> dict[str, Predict]:
     """The networks themselves, by the names of `_names`."""
     found = {_names(kind)[0]: _in_torch(network.module) for kind, network in by_kind(product).items()}
-    return found | ({FROZEN: _in_torch(frozen.module)} if frozen is not None else {})
+    return found | ({FROZEN: _in_integers(frozen)} if frozen is not None else {})
+
+
+def _in_integers(frozen: Frozen) -> Predict:
+    def predict(images_NCHW: np.ndarray) -> np.ndarray:
+        result: np.ndarray = run_integers(frozen, torch.from_numpy(images_NCHW)).logits_NK.numpy()
+        return result
+
+    return predict
 
 
 def _in_torch(module: torch.nn.Module) -> Predict:
@@ -197,20 +205,9 @@ def compare_layers(a: Steps, b: Steps) -> list[dict[str, Any]]:
 
 
 def torch_layers(frozen: Frozen, image_CHW: np.ndarray) -> Steps:
-    """Every grid's result in the frozen network."""
-    steps: dict[str, np.ndarray] = {}
-
-    def keep(grid: Grid, _: Any, output: torch.Tensor) -> None:
-        steps[grid.layer] = np.rint(output[0].numpy() / np.float32(grid.scale)).astype(np.int32)
-
-    hooks = [grid.register_forward_hook(keep) for grid in frozen.grids()]
-    try:
-        with torch.no_grad():
-            frozen.module(torch.from_numpy(image_CHW)[None])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return steps
+    """Every grid's result in torch's integer arithmetic."""
+    result = run_integers(frozen, torch.from_numpy(image_CHW)[None], keep_steps=True)
+    return {layer: steps[0].numpy() for layer, steps in result.steps.items()}
 
 
 def onnx_layers(path: Path, grids: list[Grid], image_CHW: np.ndarray, workspace: Path) -> Steps:

@@ -14,7 +14,7 @@ from compress.errors import ModelError
 from compress.formats.metadata import metadata
 from compress.formats.onnx import float_onnx, int8_onnx
 from compress.formats.tflite import read_metadata, to_tflite
-from compress.quantization import Quantization, calibrate, fold_batchnorm, freeze, prepare
+from compress.quantization import Quantization, calibrate, fold_batchnorm, freeze, prepare, run_integers
 from compress.targets import open_model
 
 ABOUT = metadata(
@@ -83,14 +83,14 @@ def test_onnxruntime_fuses_every_layer_to_an_integer_kernel(model, tmp_path):
 
 def test_files_agree_with_the_frozen_network_to_one_step(frozen, model, tmp_path):
     images = Stripes().splits["evaluation"][0]
-    expected = frozen.steps(frozen.module(images)).numpy()
+    expected = frozen.steps(run_integers(frozen, images).logits_NK).numpy()
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
     (tmp_path / "m.tflite").write_bytes(to_tflite(model, ABOUT))
     for name in ("m.onnx", "m.tflite"):
         logits = open_model(tmp_path / name).predict(images.numpy())
         difference = np.abs(frozen.steps(torch.from_numpy(logits)).numpy() - expected)
         assert difference.max() <= 1
-        assert (difference > 0).mean() < 0.02
+        assert (difference > 0).mean() < 0.01
 
 
 def test_float_files_agree_with_torch(tmp_path):

@@ -18,6 +18,7 @@ from compress.quantization import (
     fold_batchnorm,
     freeze,
     prepare,
+    run_integers,
 )
 from compress.quantization.fake_quant import weight_integers
 
@@ -320,3 +321,48 @@ def test_a_linear_layer_over_rows_is_refused():
 
     with pytest.raises(ModelError, match="layer mix: operator QuantizedLinear"):
         prepare(Mixer(), Quantization(), PREPROCESS)
+
+
+def test_integer_arithmetic_against_int64_and_one_float32_product(stripes):
+    """The depthwise and the linear layer, recomputed from the steps that go in and the integers that go into the files."""
+    frozen = freeze(prepared(randomized(SmallNet()), stripes))
+    images = stripes.splits["evaluation"][0][:8]
+    result = run_integers(frozen, images, keep_steps=True)
+    steps = {name: values.long() for name, values in result.steps.items()}
+    grids = {grid.layer: grid for grid in frozen.grids()}
+    assert list(steps) == [grid.layer for grid in frozen.grids()]
+    for layer, source in (("depthwise", "stem"), ("head", "reshape")):
+        integers = frozen.integers[layer]
+        if layer == "head":
+            sums = steps[source] @ integers.weight.long().T
+        else:
+            windows = F.pad(steps[source], (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)
+            sums = (windows * integers.weight.long()[None, :, 0, None, None]).sum((-1, -2))
+        shape = (-1,) + (1,) * (sums.ndim - 2)
+        sums = sums + integers.bias.long().view(shape)
+        multiplier = integers.bias_scale.numpy() / np.float32(grids[layer].scale)
+        ratio = sums.numpy().astype(np.float32) * multiplier.reshape(shape)
+        zero_point = grids[layer].zero_point
+        assert (np.clip(np.rint(ratio), -zero_point, 255 - zero_point) == steps[layer].numpy()).all()
+    assert torch.equal(frozen.steps(result.logits_NK).long(), steps["head"])
+
+
+def test_sums_too_large_for_float32_are_exact():
+    """2**24 + 1 is no float32."""
+    linear = nn.Linear(2000, 5)
+    with torch.no_grad():
+        linear.weight.fill_(1.0)
+        linear.bias.zero_()
+    graph = prepare(
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2000), linear), Quantization(), PREPROCESS
+    )
+    calibrate(graph, Stripes().batches("train", batch_size=16), CPU)
+    frozen = freeze(graph)
+    integers = frozen.integers["3"]
+    assert integers.weight.long().sum(1).tolist() == [2000 * 127] * 5
+    result = run_integers(frozen, Stripes().splits["evaluation"][0], keep_steps=True)
+    exact = result.steps["2"].long() @ integers.weight.long().T + integers.bias.long()
+    output = frozen.output
+    ratio = exact.numpy().astype(np.float32) * (integers.bias_scale.numpy() / np.float32(output.scale))
+    expected = np.clip(np.rint(ratio), -output.zero_point, 255 - output.zero_point)
+    assert (result.steps["3"].numpy() == expected).all()
