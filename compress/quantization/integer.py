@@ -1,8 +1,8 @@
 """A frozen network in the arithmetic of the runtimes: Jacob et al., 2018 (arXiv:1712.05877), section 2.2.
 
-Products are summed exactly; a sum becomes a step of the next grid by one float32 multiplication and one rounding, halves
-to even, as in ONNX Runtime's QLinearConv and XNNPACK's qs8 kernels. Computed in float32 instead, one value in 10^5 falls
-to the neighbouring step, and ten layers later that is several LSB of the logits.
+Products are summed exactly; a sum becomes a step of the next grid by one float32 multiplication and one rounding,
+halves to even, as in ONNX Runtime's QLinearConv and XNNPACK's qs8 kernels. In float32 alone, one value in 10^5
+falls to the neighbouring step, and ten layers later that is several LSB of the logits.
 """
 
 from __future__ import annotations

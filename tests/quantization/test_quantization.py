@@ -324,7 +324,7 @@ def test_a_linear_layer_over_rows_is_refused():
 
 
 def test_integer_arithmetic_against_int64_and_one_float32_product(stripes):
-    """The depthwise and the linear layer, recomputed from the steps that go in and the integers that go into the files."""
+    """The depthwise and the linear layer, recomputed from the steps that go in and the integers of the files."""
     frozen = freeze(prepared(randomized(SmallNet()), stripes))
     images = stripes.splits["evaluation"][0][:8]
     result = run_integers(frozen, images, keep_steps=True)
