@@ -117,7 +117,7 @@ def prepare(module: nn.Module, settings: Quantization, preprocess: Preprocess) -
         elif not on_grid:
             raise _no_counterpart(node, kind)
         elif layered or _joins(node, kind) or (is_in(kind, MEAN) and node.meta["tensor_meta"].shape[2:].numel() == 1):
-            if not _feeds_onlyrectifier(node, modules):
+            if not _feeds_only_rectifier(node, modules):
                 own_grid(node, layer_name(node))
         elif is_in(kind, AVERAGE) or is_in(kind, MEAN):
             name = f"grids.{node.name}"
@@ -181,7 +181,7 @@ def _joins(node: fx.Node, kind: Any) -> bool:
     return (is_in(kind, ADD) or is_in(kind, CONCATENATE)) and len(node.all_input_nodes) > 1
 
 
-def _feeds_onlyrectifier(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def _feeds_only_rectifier(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether the only user of the node's value is a rectifier, whose grid then serves both."""
     users = list(node.users)
     if len(users) != 1 or users[0].op not in CALLS:

@@ -85,8 +85,8 @@ class Verify(Settings):
         for kind in by_kind(product):
             names = [name for name in logits if name in _names(kind)]
             if kind != "int8":
-                pairs = [(compare_floats, a, b, self.tolerance_float) for a, b in combinations(names, 2)]
-                found += [compare(a, b, logits[a], logits[b], bound) | {"kind": kind} for compare, a, b, bound in pairs]
+                for a, b in combinations(names, 2):
+                    found.append(compare_floats(a, b, logits[a], logits[b], self.tolerance_float) | {"kind": kind})
                 continue
             assert frozen is not None
             steps = {name: _steps(frozen, logits[name]) for name in names}
