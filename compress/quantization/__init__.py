@@ -4,11 +4,12 @@ The arithmetic is the one that ONNX Runtime and LiteRT execute: weights per outp
 activations per tensor, affine, 8 bits; biases as int32 on the grid input scale x weight scale.
 """
 
+from compress.quantization.calibration import calibrate
 from compress.quantization.fake_quant import ActivationQuantizer, QuantizedConv2d, QuantizedLinear
 from compress.quantization.fold import fold_batchnorm
 from compress.quantization.freeze import Frozen, Grid, Integers, freeze
 from compress.quantization.integer import IntegerResult, run_integers
-from compress.quantization.prepare import Quantization, calibrate, prepare
+from compress.quantization.prepare import Quantization, prepare
 
 __all__ = [
     "ActivationQuantizer",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 
 from compress.errors import ModelError
-from compress.product import Batch, Preprocess
+from compress.product import Preprocess
 from compress.quantization.fake_quant import QMAX, QMIN, ActivationQuantizer, QuantizedConv2d, QuantizedLinear
 from compress.quantization.fold import fold_batchnorm
 from compress.quantization.graph import CALLS, insert_after, is_in, is_tensor, kind_of, layer_name, set_module
@@ -132,23 +131,6 @@ def prepare(module: nn.Module, settings: Quantization, preprocess: Preprocess) -
     graph_module.graph.lint()
     graph_module.recompile()
     return graph_module.train()
-
-
-def calibrate(graph_module: nn.Module, batches: Iterable[Batch], device: torch.device) -> None:
-    """Puts every grid over the mean extremes of its tensor in float arithmetic; changes `graph_module` in place."""
-    quantizers = [m for m in graph_module.modules() if isinstance(m, ActivationQuantizer) and m.layer != "input"]
-    was_training = graph_module.training
-    graph_module.eval().to(device)
-    for quantizer in quantizers:
-        quantizer.calibrating = True
-        quantizer.batches.zero_()
-        quantizer.extremes.zero_()
-    with torch.no_grad():
-        for batch in batches:
-            graph_module(batch.images_NCHW.to(device))
-    for quantizer in quantizers:
-        quantizer.calibrating = False
-    graph_module.to("cpu").train(was_training)
 
 
 def _input_quantizer(preprocess: Preprocess) -> ActivationQuantizer:
