@@ -49,7 +49,8 @@ def load(folder: Path) -> Network:
     module = build(settings, structure.num_classes, structure.preprocess.size)
     resize(module, structure.kept)
     if structure.quantize is not None:
-        module = prepare(module, Quantization(**structure.quantize), structure.preprocess)
+        quantization = Quantization.model_validate_json(json.dumps(structure.quantize))
+        module = prepare(module, quantization, structure.preprocess)
     try:
         module.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, SafetensorError, RuntimeError) as error:

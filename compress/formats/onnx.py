@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import logging
 import warnings
@@ -12,10 +13,11 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
-from torch import nn
+from torch import fx, nn
 
 from compress.errors import ModelError
 from compress.quantization import Frozen, Grid, Integers
+from compress.quantization.names import named
 
 OPSET = 18
 """onnxruntime 1.31 fails on type agreement at full optimization with the quantize operators of opset 21."""
@@ -24,9 +26,15 @@ OPSET = 18
 def float_onnx(module: nn.Module, input_size: int, metadata: Mapping[str, str]) -> onnx.ModelProto:
     """The network as float32 ONNX: input `image` (1, 3, size, size), output `logits` (1, K).
 
+    Values of an fx graph are named for the layer that made them, as in the int8 file.
     Raises ModelError where torch.onnx cannot translate the network.
     """
-    return _finish(_export(module, input_size), metadata)
+    if not isinstance(module, fx.GraphModule):
+        return _finish(_export(module, input_size), metadata)
+    layers = named(module)
+    model = _export(layers.module, input_size)
+    _name_values(model, layers.values)
+    return _finish(model, metadata)
 
 
 def int8_onnx(frozen: Frozen, input_size: int, metadata: Mapping[str, str]) -> onnx.ModelProto:
@@ -83,17 +91,46 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _name_values(model: ir.Model, values: list[tuple[str, str]]) -> None:
+    """Names the result of each module's call; the exporter notes modules' paths, and one operator's name per call."""
+    calls: dict[str, dict[str, ir.Value]] = {}
+    for node in model.graph:
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        if len(scopes) > 1 and node.outputs:
+            calls.setdefault(scopes[-2], {})[scopes[-1]] = node.outputs[0]  # the last operator of the call stays
+    names: dict[str, list[str]] = {}
+    for path, name in values:
+        names.setdefault(path, []).append(name)
+    chosen: list[tuple[ir.Value, str]] = []
+    for path, results in names.items():
+        made = list(calls.get(path, {}).values())
+        if len(made) > len(results) == 1:
+            made = made[-1:]
+        if len(made) == len(results):
+            chosen += zip(made, results, strict=True)
+    _clear(model, {name for _, name in chosen})
+    for value, name in chosen:
+        if not value.is_graph_output():
+            value.name = name
+
+
+def _clear(model: ir.Model, names: set[str]) -> None:
+    """Gives other names to values that have one of `names`."""
+    for value in (value for node in model.graph for value in node.outputs):
+        if value.name in names and not value.is_graph_output():
+            value.name = f"{value.name}/exact"
+
+
 def _name_grids(model: ir.Model, grids: list[Grid]) -> None:
     """Names each quantized tensor for its layer; the exporter keeps the order of the frozen graph."""
     nodes = [node for node in model.graph if node.op_type == "QuantizeLinear"]
+    _clear(model, {grid.layer for grid in grids})
     if len(nodes) != len(grids):
         raise AssertionError(f"{len(nodes)} QuantizeLinear nodes for {len(grids)} grids")
     for node, grid in zip(nodes, grids, strict=True):
-        exact, scale, zero_point = node.inputs
+        _, scale, zero_point = node.inputs
         if (np.float32(grid.scale), grid.zero_point) != (_constant(scale), _constant(zero_point)):
             raise AssertionError(f"the grid of {grid.layer} moved during export")
-        if exact is not None and exact.name == grid.layer:
-            exact.name = f"{grid.layer}/exact"
         node.outputs[0].name = grid.layer
         for user in node.outputs[0].consumers():
             if user.op_type == "DequantizeLinear" and not user.outputs[0].is_graph_output():
@@ -110,7 +147,8 @@ def _store_integers(model: ir.Model, layer: str, integers: Integers) -> None:
     """Puts int8 weights and int32 biases, each behind a DequantizeLinear, in the place of the float ones."""
     weight = model.graph.initializers[f"{layer}.weight"]
     (node,) = weight.consumers()
-    quantized = _dequantized(model, node, f"{layer}.weight", integers.weight.numpy(), integers.weight_scale.numpy())
+    scales = integers.weight_scale.numpy()
+    quantized = _dequantized(model, node, f"{layer}.weight", integers.weight.numpy(), scales, integers.axis)
     node.replace_input_with(1, quantized)
     bias = _dequantized(model, node, f"{layer}.bias", integers.bias.numpy(), integers.bias_scale.numpy())
     if len(node.inputs) > 2:
@@ -120,7 +158,9 @@ def _store_integers(model: ir.Model, layer: str, integers: Integers) -> None:
         node.replace_input_with(2, bias)
 
 
-def _dequantized(model: ir.Model, before: ir.Node, name: str, integers: np.ndarray, scale: np.ndarray) -> ir.Value:
+def _dequantized(
+    model: ir.Model, before: ir.Node, name: str, integers: np.ndarray, scale: np.ndarray, axis: int = 0
+) -> ir.Value:
     if name in model.graph.initializers:
         model.graph.initializers.pop(name).name = f"{name}/unused"
     constants = {
@@ -134,7 +174,7 @@ def _dequantized(model: ir.Model, before: ir.Node, name: str, integers: np.ndarr
         value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
         model.graph.register_initializer(value)
         values.append(value)
-    node = ir.node("DequantizeLinear", values, attributes={"axis": 0}, name=f"{name}/dequantize")
+    node = ir.node("DequantizeLinear", values, attributes={"axis": axis}, name=f"{name}/dequantize")
     node.outputs[0].name = f"{name}/float"
     model.graph.insert_before(before, node)
     return node.outputs[0]

@@ -5,7 +5,12 @@ activations per tensor, affine, 8 bits; biases as int32 on the grid input scale 
 """
 
 from compress.quantization.calibration import calibrate
-from compress.quantization.fake_quant import ActivationQuantizer, QuantizedConv2d, QuantizedLinear
+from compress.quantization.fake_quant import (
+    ActivationQuantizer,
+    QuantizedConv2d,
+    QuantizedConvTranspose2d,
+    QuantizedLinear,
+)
 from compress.quantization.fold import fold_batchnorm
 from compress.quantization.freeze import Frozen, Grid, Integers, freeze
 from compress.quantization.integer import IntegerResult, run_integers
@@ -19,6 +24,7 @@ __all__ = [
     "Integers",
     "Quantization",
     "QuantizedConv2d",
+    "QuantizedConvTranspose2d",
     "QuantizedLinear",
     "calibrate",
     "fold_batchnorm",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,9 +13,17 @@ from torch import Tensor, fx, nn
 from torch.ao.quantization.fx import _decomposed  # noqa: F401
 from torch.nn import functional as F
 
-from compress.quantization.fake_quant import ActivationQuantizer, QuantizedConv2d, QuantizedLinear, weight_integers
-from compress.quantization.graph import CALLS, insert_after, is_in, is_tensor, kind_of, set_module
-from compress.quantization.prepare import PAD, PASS, REARRANGE, rectifier
+from compress.errors import ModelError
+from compress.quantization.fake_quant import (
+    ActivationQuantizer,
+    QuantizedConv2d,
+    QuantizedConvTranspose2d,
+    QuantizedLinear,
+    swap_channels,
+    weight_integers,
+)
+from compress.quantization.graph import CALLS, insert_after, is_in, is_tensor, kind_of, layer_name, set_module, shape_of
+from compress.quantization.operators import INTERPOLATE, PAD, PASS, QUANTIZED, REARRANGE
 
 LARGEST_BIAS = 2**30
 """Leaves as much of an int32 accumulator to the products."""
@@ -41,7 +50,9 @@ class Integers:
     """What a file stores for one convolution or linear layer."""
 
     weight: Tensor
-    """int8, output channels first."""
+    """int8, in the layer's own layout."""
+    axis: int
+    """Of the output channels in `weight`."""
     weight_scale: Tensor
     """float32, one per output channel."""
     bias: Tensor
@@ -58,8 +69,8 @@ class Frozen:
     module: fx.GraphModule
     integers: dict[str, Integers]
     """By layer name."""
-    output: Grid
-    """The grid of the logits; its scale is one LSB."""
+    output: Grid | None
+    """The grid of the logits; its scale is one LSB. None where the last layers compute in float."""
 
     def grids(self) -> list[Grid]:
         """In the order of execution; their `layer` names are unique."""
@@ -68,16 +79,20 @@ class Frozen:
         return [module for module in called if isinstance(module, Grid)]
 
     def steps(self, logits_NK: Tensor) -> Tensor:
-        """Logits as whole numbers of the output grid (int32)."""
+        """Logits as whole numbers of the output grid (int32); there must be one."""
+        assert self.output is not None
         return torch.round(logits_NK / self.output.scale).to(torch.int32)
 
 
 def freeze(prepared: fx.GraphModule) -> Frozen:
     """The eval-mode network with plain layers whose weights and biases are whole multiples of their scales.
 
-    Rectifiers are gone (their grid clips), and a tensor that is only rearranged is put on its grid again, so that each
-    operator stands between two grids and a runtime can fuse it to an integer kernel. `prepared` is not changed.
+    A tensor that is only rearranged is put on its grid again, so that each operator stands between two grids and a
+    runtime can fuse it to an integer kernel. `prepared` is not changed.
+    Raises ModelError for grids of fewer than 8 bits, which no runtime here computes with.
     """
+    if any(getattr(layer, "bits", 8) != 8 for layer in prepared.modules()):
+        raise ModelError("quantize", "fewer than 8 bits are simulated only", "set weight_bits and activation_bits to 8")
     module = copy.deepcopy(prepared).cpu().eval()
     modules = dict(module.named_modules())
     integers: dict[str, Integers] = {}
@@ -96,32 +111,29 @@ def freeze(prepared: fx.GraphModule) -> Frozen:
         if isinstance(kind, ActivationQuantizer):
             scale, zero_point = kind.grid()
             grids[node] = _add_grid(module, node, Grid(unused(kind.layer), scale, zero_point))
-            source = node.args[0]
-            if source.op in CALLS and rectifier(kind_of(source, modules)) is not None:
-                source.replace_all_uses_with(source.args[0], delete_user_cb=lambda user, node=node: user is node)
-                if not source.users:
-                    module.graph.erase_node(source)
-        elif isinstance(kind, (QuantizedConv2d, QuantizedLinear)):
+        elif isinstance(kind, QUANTIZED):
             layer = _plain(kind, grids[node.args[0]].scale)
             set_module(module, node.target, layer[0])
             integers[node.target] = layer[1]
             if isinstance(kind, QuantizedConv2d) and any(kind.pads):
                 with module.graph.inserting_before(node):
                     node.args = (module.graph.call_function(F.pad, (node.args[0], kind.pads)),)
-        elif is_tensor(node) and node.all_input_nodes:
-            source = node.all_input_nodes[0]
-            if source in grids and (is_in(kind, REARRANGE) or is_in(kind, PAD)):
+        elif is_tensor(node) and node.all_input_nodes and node.all_input_nodes[0] in grids:
+            was = grids[node.all_input_nodes[0]]
+            moves = is_in(kind, REARRANGE) or is_in(kind, PAD) or is_in(kind, INTERPOLATE)
+            if any(isinstance(modules.get(str(user.target)), ActivationQuantizer) for user in node.users):
+                continue  # it computes, and has a grid of its own
+            if moves and shape_of(node):
                 # Rounding again changes no value, and tells a runtime that the operator may stay in int8.
                 again = insert_after(module, node, "grids")
-                was = grids[source]
-                grids[again] = _add_grid(module, again, Grid(unused(node.name), was.scale, was.zero_point))
-            elif source in grids and is_in(kind, PASS):
-                grids[node] = grids[source]
+                grids[again] = _add_grid(module, again, Grid(unused(layer_name(node)), was.scale, was.zero_point))
+            elif moves or is_in(kind, PASS):
+                grids[node] = was
     module.delete_all_unused_submodules()
     module.graph.lint()
     module.recompile()
     output = next(node for node in module.graph.nodes if node.op == "output").all_input_nodes[0]
-    return Frozen(module.eval(), integers, grids[output])
+    return Frozen(module.eval(), integers, grids.get(output))
 
 
 def _add_grid(module: fx.GraphModule, node: fx.Node, grid: Grid) -> Grid:
@@ -131,7 +143,9 @@ def _add_grid(module: fx.GraphModule, node: fx.Node, grid: Grid) -> Grid:
     return grid
 
 
-def _plain(layer: QuantizedConv2d | QuantizedLinear, input_scale: float) -> tuple[nn.Module, Integers]:
+def _plain(
+    layer: QuantizedConv2d | QuantizedConvTranspose2d | QuantizedLinear, input_scale: float
+) -> tuple[nn.Module, Integers]:
     """The layer as torch's own, with weights and bias snapped to their integers."""
     assert layer.bias is not None
     bias_real = layer.bias.detach()
@@ -139,23 +153,28 @@ def _plain(layer: QuantizedConv2d | QuantizedLinear, input_scale: float) -> tupl
     scale = torch.maximum(layer.weight_scale.detach(), bias_real.abs() / (input_scale * LARGEST_BIAS))
     bias_scale = torch.tensor(input_scale, dtype=torch.float32) * scale
     bias = torch.round(bias_real.double() / bias_scale.double())
-    integers = Integers(weight_integers(layer.weight, scale), scale, bias.to(torch.int32), bias_scale, input_scale)
-    plain: nn.Conv2d | nn.Linear
-    if isinstance(layer, QuantizedConv2d):
-        plain = nn.Conv2d(
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,  # type: ignore[arg-type]
-            stride=layer.stride,  # type: ignore[arg-type]
-            padding=layer.padding,  # type: ignore[arg-type]
-            dilation=layer.dilation,  # type: ignore[arg-type]
-            groups=layer.groups,
-        )
-    else:
-        plain = nn.Linear(layer.in_features, layer.out_features)
+    by_output = weight_integers(layer.weight_by_output(), scale, layer.bits)
+    snapped = by_output.float() * scale.view((-1,) + (1,) * (by_output.ndim - 1))
+    axis = 0
+    if isinstance(layer, QuantizedConvTranspose2d):
+        axis = 1
+        by_output, snapped = swap_channels(by_output, layer.groups), swap_channels(snapped, layer.groups)
+    integers = Integers(by_output, axis, scale, bias.to(torch.int32), bias_scale, input_scale)
+    plain = _rebuilt(layer)
     with torch.no_grad():
-        shape = (-1,) + (1,) * (layer.weight.ndim - 1)
-        plain.weight.copy_(integers.weight.float() * scale.view(shape))
+        plain.weight.copy_(snapped)
         assert plain.bias is not None
         plain.bias.copy_(integers.bias.float() * bias_scale)
     return plain, integers
+
+
+def _rebuilt(layer: Any) -> Any:
+    """A float layer of the same shape, with a bias."""
+    if isinstance(layer, QuantizedLinear):
+        return nn.Linear(layer.in_features, layer.out_features)
+    how: dict[str, Any] = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+    sizes = (layer.in_channels, layer.out_channels, layer.kernel_size)
+    if isinstance(layer, QuantizedConvTranspose2d):
+        how["output_padding"] = layer.output_padding
+        return nn.ConvTranspose2d(*sizes, **how)
+    return nn.Conv2d(*sizes, **how)

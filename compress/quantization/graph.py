@@ -6,9 +6,12 @@ import copy
 import inspect
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from compress.errors import ModelError
+from compress.quantization.attention import expand_attention
 
 CALLS = ("call_module", "call_function", "call_method")
 
@@ -18,13 +21,19 @@ def trace(module: nn.Module) -> fx.GraphModule:
     parameters = list(inspect.signature(module.forward).parameters.values())
     defaults = {p.name: p.default for p in parameters[1:] if p.default is not p.empty}
     try:
-        graph_module = fx.symbolic_trace(copy.deepcopy(module).eval(), concrete_args=defaults or None)
+        copied = copy.deepcopy(module).eval()
+        expand_attention(copied)
+        graph_module = fx.symbolic_trace(copied, concrete_args=defaults or None)
         _drop_defaults(graph_module)
+        _drop_stochastic_depth(graph_module)
+        _calls_as_layers(graph_module)
         return graph_module
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(
             type(module).__name__,
-            f"cannot be traced as one graph ({str(error).splitlines()[0]})",
+            f"cannot be traced as one graph ({(str(error).strip().splitlines() or [type(error).__name__])[0]})",
             "its forward must not branch or loop on tensor values or sizes",
         ) from error
 
@@ -39,6 +48,63 @@ def _drop_defaults(graph_module: fx.GraphModule) -> None:
         graph_module.graph.erase_node(placeholder)
     # fx binds the defaults in the generated signature; the graph takes one image now.
     graph_module.graph.set_codegen(fx.graph.CodeGen())
+    graph_module.recompile()
+
+
+def _calls_as_layers(graph_module: fx.GraphModule) -> None:
+    """Puts a layer in the place of each functional convolution or product with parameters of its own.
+
+    Subclasses of nn.Conv2d that compute their padding are traced through to that call.
+    """
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target not in (torch.conv2d, F.conv2d, F.linear):
+            continue
+        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+        given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        parameters = [given["weight"], *filter(None, [given.get("bias")])]
+        if any(not isinstance(p, fx.Node) or p.op != "get_attr" or len(p.users) > 1 for p in parameters):
+            continue
+        weight, *bias = [_attribute(graph_module, str(parameter.target)) for parameter in parameters]
+        layer: nn.Conv2d | nn.Linear
+        if node.target is F.linear:
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bool(bias))
+        else:
+            how = {name: given[name] for name in names[3:] if name in given}
+            inputs = weight.shape[1] * how.get("groups", 1)
+            height, width = weight.shape[2:]
+            layer = nn.Conv2d(inputs, weight.shape[0], (height, width), bias=bool(bias), **how)
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+            if layer.bias is not None:
+                layer.bias.copy_(bias[0])
+        layer.eval()
+        name = str(parameters[0].target).rpartition(".")[0]
+        if not name or any(True for _ in graph_module.get_submodule(name).children()):
+            name = f"{node.name}_layer"
+            graph_module.add_submodule(name, layer)
+        else:
+            set_module(graph_module, name, layer)
+        with graph.inserting_before(node):
+            call = graph.call_module(name, (given["input"],))
+        node.replace_all_uses_with(call)
+        for old in (node, *parameters):
+            graph.erase_node(old)
+    graph_module.recompile()
+
+
+def _attribute(graph_module: fx.GraphModule, path: str) -> Tensor:
+    owner, _, name = path.rpartition(".")
+    value: Tensor = getattr(graph_module.get_submodule(owner), name)
+    return value.detach()
+
+
+def _drop_stochastic_depth(graph_module: fx.GraphModule) -> None:
+    """Removes torchvision's function of that name, which hides from the tracer and does nothing at inference."""
+    for node in list(graph_module.graph.nodes):
+        if node.op == "call_function" and getattr(node.target, "__name__", "") == "stochastic_depth":
+            node.replace_all_uses_with(node.args[0])
+            graph_module.graph.erase_node(node)
     graph_module.recompile()
 
 
@@ -62,14 +128,24 @@ def is_tensor(node: fx.Node) -> bool:
     return "tensor_meta" in node.meta
 
 
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """Of the node's value at batch 1, empty for several tensors at once; shapes must have been propagated."""
+    return tuple(getattr(node.meta.get("tensor_meta"), "shape", ()))
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """The tensors that a node computes with, as often as it reads them; shapes must have been propagated."""
+    found: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), lambda argument: found.append(argument))
+    return [argument for argument in found if is_tensor(argument)]
+
+
 def insert_after(graph_module: fx.GraphModule, node: fx.Node, module_name: str) -> fx.Node:
-    """A new call of `module_name` between `node` and everything that computes with its value."""
+    """A new call of `module_name` between `node` and everything that reads its value."""
     with graph_module.graph.inserting_after(node):
         new = graph_module.graph.call_module(module_name, (node,))
     new.meta["tensor_meta"] = node.meta["tensor_meta"]
-    node.replace_all_uses_with(
-        new, delete_user_cb=lambda user: user is not new and (user.op == "output" or is_tensor(user))
-    )
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
     return new
 
 

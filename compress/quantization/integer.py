@@ -15,6 +15,23 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from compress.quantization.freeze import Frozen, Grid, Integers
+from compress.quantization.graph import CALLS, is_in, kind_of
+from compress.quantization.operators import (
+    ADD,
+    AVERAGE,
+    CONCATENATE,
+    INTERPOLATE,
+    MEAN,
+    MULTIPLY,
+    PAD,
+    PASS,
+    REARRANGE,
+    SIGMOID,
+    SUBTRACT,
+)
+
+EXACT = (ADD, SUBTRACT, MULTIPLY, CONCATENATE, MEAN, AVERAGE, SIGMOID, PAD, PASS, REARRANGE, INTERPOLATE)
+"""Computed in float64; all others in float32, as runtimes do."""
 
 EXACT_IN_FLOAT32 = 2**24
 """Whole numbers up to here have no rounding error in float32, which is several times faster than float64."""
@@ -45,12 +62,21 @@ class _Sums:
 
 
 class _Arithmetic(fx.Interpreter):
-    """Runs the frozen graph; between its grids, values are real numbers in float64."""
+    """Runs the frozen graph; what joins or moves values does so in float64, and islands compute in float32."""
 
     def __init__(self, frozen: Frozen, keep_steps: bool) -> None:
         super().__init__(frozen.module)
         self.integers, self.keep_steps = frozen.integers, keep_steps
+        self.layers = dict(frozen.module.named_modules())
         self.steps: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op in CALLS and not isinstance(kind_of(n, self.layers), Grid) and n.target not in self.integers:
+            kind = kind_of(n, self.layers)
+            if not any(is_in(kind, table) for table in EXACT):
+                args, kwargs = fx.map_arg((n.args, n.kwargs), lambda node: _in_float32(self.env[node]))
+                return getattr(self, n.op)(n.target, args, kwargs)
+        return super().run_node(n)
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layer = self.fetch_attr(target)
@@ -62,6 +88,10 @@ class _Arithmetic(fx.Interpreter):
         if target in self.integers:
             return _sums(layer, self.integers[target], args[0])
         return super().call_module(target, args, kwargs)
+
+
+def _in_float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _steps(x: Tensor | _Sums, grid: Grid) -> Tensor:
@@ -76,10 +106,13 @@ def _steps(x: Tensor | _Sums, grid: Grid) -> Tensor:
 
 def _sums(layer: nn.Module, integers: Integers, x: Tensor) -> _Sums:
     steps = torch.round(x / integers.input_scale)
-    largest = float(integers.weight.double().abs().flatten(1).sum(1).max()) * 255
+    largest = float(integers.weight.double().abs().transpose(0, integers.axis).flatten(1).sum(1).max()) * 255
     dtype = torch.float32 if largest < EXACT_IN_FLOAT32 else torch.float64
     steps, weight = steps.to(dtype), integers.weight.to(dtype)
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, nn.ConvTranspose2d):
+        how = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
+        products = F.conv_transpose2d(steps, weight, None, *how)  # type: ignore[arg-type]
+    elif isinstance(layer, nn.Conv2d):
         products = F.conv2d(steps, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
     else:
         products = F.linear(steps, weight)

@@ -41,21 +41,6 @@ def test_folding_batchnorm_changes_no_output(stripes):
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
 
 
-def test_batchnorm_without_a_layer_of_its_own_stays_and_is_refused():
-    class PreActivation(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.norm, self.head = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Linear(8, 5)
-
-        def forward(self, x):
-            x = self.conv(x)
-            x = x + self.norm(x)
-            return self.head(x.mean((2, 3)))
-
-    with pytest.raises(ModelError, match="layer norm: operator BatchNorm2d has no int8 counterpart"):
-        prepare(PreActivation(), Quantization(), PREPROCESS)
-
-
 @pytest.mark.parametrize("nonnegative", [True, False])
 def test_the_quantizer_equals_the_affine_formula(nonnegative):
     """Independent computation: equation 1 of Jacob et al. (2018), halves to even."""
@@ -182,16 +167,16 @@ def test_grids_and_weights_learn(stripes):
 
 
 def test_unsupported_operators_are_refused_by_layer_before_training():
-    class Gelu(nn.Module):
+    class Shrinks(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.act, self.head = nn.Conv2d(3, 8, 1), nn.GELU(), nn.Linear(8, 5)
+            self.conv, self.act, self.head = nn.Conv2d(3, 8, 1), nn.Hardshrink(), nn.Linear(8, 5)
 
         def forward(self, x):
             return self.head(self.act(self.conv(x)).mean((2, 3)))
 
-    with pytest.raises(ModelError, match="layer act: operator GELU has no int8 counterpart"):
-        prepare(Gelu(), Quantization(), PREPROCESS)
+    with pytest.raises(ModelError, match="layer act: operator Hardshrink has no int8 counterpart"):
+        prepare(Shrinks(), Quantization(), PREPROCESS)
 
 
 def test_data_dependent_control_flow_is_refused():
@@ -243,22 +228,6 @@ def test_averages_after_a_rectifier_stay_in_the_frozen_network(stripes, pool, fe
     assert error < 0.1  # without the pooling it is about 1
 
 
-def test_averages_do_not_move_the_grid_they_share(stripes):
-    class Averages(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5)
-
-        def forward(self, x):
-            return self.head(F.avg_pool2d(torch.relu(self.conv(x)), 8).mean((2, 3)))
-
-    module = randomized(Averages())
-    graph = prepared(module, stripes)
-    largest = [torch.relu(module.conv(b.images_NCHW)).max().item() for b in stripes.batches("train", batch_size=16)]
-    grid = next(m for m in graph.modules() if isinstance(m, ActivationQuantizer) and m.layer == "conv")
-    assert float(grid.scale.detach()) * 255 == pytest.approx(np.mean(largest), rel=0.01)  # weights are rounded
-
-
 def test_a_dead_channel_keeps_its_bias(stripes):
     module = randomized(SmallNet())
     with torch.no_grad():
@@ -308,19 +277,6 @@ def test_optional_arguments_of_the_forward_take_their_defaults(stripes):
     images = stripes.splits["evaluation"][0]
     torch.testing.assert_close(fold_batchnorm(module)(images), module(images))
     assert freeze(prepared(module, stripes)).module(images).shape == (40, 5)
-
-
-def test_a_linear_layer_over_rows_is_refused():
-    class Mixer(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.mix, self.head = nn.Linear(16, 16), nn.Linear(3 * 16 * 16, 5)
-
-        def forward(self, x):
-            return self.head(self.mix(x).flatten(1))
-
-    with pytest.raises(ModelError, match="layer mix: operator QuantizedLinear"):
-        prepare(Mixer(), Quantization(), PREPROCESS)
 
 
 def test_integer_arithmetic_against_int64_and_one_float32_product(stripes):
