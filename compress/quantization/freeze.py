@@ -23,8 +23,10 @@ from compress.quantization.fake_quant import (
     weight_integers,
 )
 from compress.quantization.graph import CALLS, insert_after, is_in, is_tensor, kind_of, layer_name, set_module, shape_of
-from compress.quantization.operators import INTERPOLATE, PAD, PASS, QUANTIZED, REARRANGE
+from compress.quantization.operators import AVERAGE, INTERPOLATE, PASS, QUANTIZED, Role, role_of
 
+TIES = 2**-10
+"""How far a grid is moved to avoid them."""
 LARGEST_BIAS = 2**30
 """Leaves as much of an int32 accumulator to the products."""
 
@@ -110,6 +112,9 @@ def freeze(prepared: fx.GraphModule) -> Frozen:
         kind = kind_of(node, modules)
         if isinstance(kind, ActivationQuantizer):
             scale, zero_point = kind.grid()
+            averaged = node.args[0]
+            if averaged.op in CALLS and is_in(kind_of(averaged, modules), (*AVERAGE, *INTERPOLATE)):
+                scale = _without_ties(scale, grids.get(averaged.all_input_nodes[0]))
             grids[node] = _add_grid(module, node, Grid(unused(kind.layer), scale, zero_point))
         elif isinstance(kind, QUANTIZED):
             layer = _plain(kind, grids[node.args[0]].scale)
@@ -120,20 +125,29 @@ def freeze(prepared: fx.GraphModule) -> Frozen:
                     node.args = (module.graph.call_function(F.pad, (node.args[0], kind.pads)),)
         elif is_tensor(node) and node.all_input_nodes and node.all_input_nodes[0] in grids:
             was = grids[node.all_input_nodes[0]]
-            moves = is_in(kind, REARRANGE) or is_in(kind, PAD) or is_in(kind, INTERPOLATE)
-            if any(isinstance(modules.get(str(user.target)), ActivationQuantizer) for user in node.users):
-                continue  # it computes, and has a grid of its own
-            if moves and shape_of(node):
+            if role_of(node, modules, set()) is not Role.MOVE:
+                continue
+            if shape_of(node) and not is_in(kind, PASS):
                 # Rounding again changes no value, and tells a runtime that the operator may stay in int8.
                 again = insert_after(module, node, "grids")
                 grids[again] = _add_grid(module, again, Grid(unused(layer_name(node)), was.scale, was.zero_point))
-            elif moves or is_in(kind, PASS):
+            else:  # nothing happens at inference, or there are several tensors, each with a selection of its own
                 grids[node] = was
     module.delete_all_unused_submodules()
     module.graph.lint()
     module.recompile()
     output = next(node for node in module.graph.nodes if node.op == "output").all_input_nodes[0]
     return Frozen(module.eval(), integers, grids.get(output))
+
+
+def _without_ties(scale: float, before: Grid | None) -> float:
+    """`scale`, a little larger where it is that of the numbers averaged.
+
+    Averages of two or four steps of one size fall half-way between them in many cases, where the last bit of a float
+    decides, which differs among runtimes.
+    """
+    same = before is not None and abs(scale / before.scale - 1) < TIES
+    return scale * (1 + TIES) if same else scale
 
 
 def _add_grid(module: fx.GraphModule, node: fx.Node, grid: Grid) -> Grid:

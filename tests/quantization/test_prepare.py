@@ -51,6 +51,11 @@ class Branches(nn.Module):
         return self.head((left - right).mean((2, 3)))
 
 
+@pytest.fixture(autouse=True)
+def _same_biases():
+    torch.manual_seed(0)
+
+
 def prepared(module: nn.Module, stripes: Stripes, **settings: object) -> fx.GraphModule:
     graph = prepare(module, Quantization.model_validate_json(json.dumps(settings)), PREPROCESS)
     calibrate(graph, stripes.batches("train", batch_size=16), CPU)
@@ -134,7 +139,9 @@ def test_logits_of_a_head_kept_float_are_float(stripes):
     frozen = freeze(prepared(randomized(SmallNet()), stripes, keep_float=["head"]))
     assert frozen.output is None
     images = stripes.splits["evaluation"][0]
-    torch.testing.assert_close(run_integers(frozen, images).logits_NK, frozen.module(images), rtol=1e-3, atol=1e-3)
+    difference = run_integers(frozen, images).logits_NK - frozen.module(images)
+    assert difference.abs().max() <= 0.02 * frozen.module(images).abs().max(), "a step of a layer before, at most"
+    assert difference.abs().median() < 1e-5
 
 
 def test_an_image_that_no_integer_layer_reads_has_no_grid(stripes):
