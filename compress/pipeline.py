@@ -28,6 +28,7 @@ from compress.data import open_data
 from compress.errors import CompressError, GateError
 from compress.models import build, check, file_sha256, inputs, load_weights
 from compress.product import Data, Network, Product, Progress, Run, Structure
+from compress.quantization.precision import precision
 from compress.recipe import Recipe
 from compress.stages import StageSettings
 from compress.stages.distill import Distillation
@@ -372,7 +373,7 @@ def _describe(network: Network, data: Data, device: torch.device, progress: Prog
         "images": count,
         "params": sum(layer["params"] for layer in layers) if quantized else measures.params(module),
         "macs": sum(layer["macs"] for layer in layers),
-        "precision": "int8 (fake quant)" if quantized else "float32",
+        "precision": precision(network),
         "layers": layers,
     }
 

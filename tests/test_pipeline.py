@@ -155,9 +155,9 @@ def test_a_failed_parity_ends_the_run_keeps_the_report_and_is_no_result_to_resum
 
 
 def test_what_int8_cannot_do_is_refused_before_training(place):
-    (place / "gelu.py").write_text(NETWORK.replace("nn.ReLU()", "nn.GELU()"))
-    with pytest.raises(ModelError, match=r"layer body.2: operator GELU has no int8 counterpart"):
-        go(place, 'model.use="gelu:Net"', out="refused")
+    (place / "shrinks.py").write_text(NETWORK.replace("nn.ReLU()", "nn.Hardshrink()"))
+    with pytest.raises(ModelError, match=r"layer body.2: operator Hardshrink has no int8 counterpart"):
+        go(place, 'model.use="shrinks:Net"', out="refused")
     assert list((place / "refused/stages").iterdir()) == []
 
 

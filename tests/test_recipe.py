@@ -405,6 +405,75 @@ def test_order(names: str, expected: list[tuple[int, str]]) -> None:
     assert recipes.order_mistakes(stages) == expected
 
 
+AGAIN = "nothing is pruned before this export, so it would be the parent's file again; leave float out"
+NO_INT8 = "no `quantize` comes before this export; put one there, or leave int8 out"
+W4A8 = "W4A8 is simulated in training and no runtime here executes it"
+PARENT, FLOAT, INT8, SMALL = ({"use": "export", "kinds": [kind]} for kind in ("parent", "float", "int8", "float16"))
+
+
+@pytest.mark.parametrize(
+    ("stages", "expected"),
+    [
+        ([PARENT, SMALL], []),
+        ([{"use": "export"}], []),
+        ([FLOAT, INT8], [((0, 0), AGAIN), ((1, 0), NO_INT8)]),
+        ([{"use": "prune"}, FLOAT, {"use": "quantize"}, INT8], []),
+        ([{"use": "quantize"}, {"use": "train"}, FLOAT], [((2, 0), AGAIN)]),
+        ([INT8, {"use": "quantize"}], [((0, 0), NO_INT8)]),
+        ([{"use": "quantize", "weight_bits": 8, "activation_bits": 8}, INT8], []),
+        (
+            [{"use": "quantize", "weight_bits": 4}, {"use": "export", "kinds": ["float16", "int8"]}],
+            [((1, 1), f"{W4A8}; quantize to 8 bits, or leave int8 out")],
+        ),
+        ([{"use": "quantize", "weight_bits": 4}, {"use": "export", "kinds": None}], []),
+        ([{"use": "quantize", "weight_bits": "4"}, INT8], []),  # a mistake of its own, elsewhere
+    ],
+)
+def test_kinds_that_the_stages_before_do_not_make(
+    stages: list[dict[str, Any]], expected: list[tuple[tuple[int, int], str]]
+) -> None:
+    found = [(("stages", stage, "kinds", kind), reason) for (stage, kind), reason in expected]
+    assert recipes.kind_mistakes(stages) == found
+
+
+def test_a_kind_that_is_not_made_has_its_line(write: Write) -> None:
+    text = changed(
+        ("  - use: prune\n    goal: {macs: 0.4}\n    criterion: {use: magnitude}\n", ""),
+        ("  - use: quantize\n", "  - use: quantize\n    activation_bits: 6\n"),
+        ("  - use: export\n", "  - use: export\n    kinds:\n      - parent\n      - float\n      - int8\n"),
+        ("  - use: distill\n    losses:\n      - use: kd\n        temperature: 2\n", ""),
+    )
+    expected = [
+        f"demo.yaml:19: stages.2.kinds.1: {AGAIN}",
+        "demo.yaml:20: stages.2.kinds.2: W8A6 is simulated in training and no runtime here executes it; "
+        "quantize to 8 bits, or leave int8 out",
+    ]
+    assert mistakes(write(text)) == expected
+    # They are said of a recipe that has other mistakes as well.
+    assert mistakes(write(text.replace("seed: 3", "seed: x")))[1:] == expected
+
+
+def test_bits_that_no_runtime_has_are_noted_and_bad_ones_explained(write: Write) -> None:
+    def quantized(field: str) -> str:
+        return changed(("  - use: quantize\n", f"  - use: quantize\n    {field}\n"))
+
+    recipe = recipes.load(write(quantized("weight_bits: 4")))
+    assert f"{W4A8}: no int8 file is written" in recipes.notes(recipe)
+    assert "04 quantize: weight_bits 4" in recipes.describe(recipe)
+    assert not any("simulated" in note for note in recipes.notes(recipes.load(write(GOOD))))
+    for field, problem in (
+        ("weight_bits: 1", "stages.3.weight_bits: must be at least 2, not 1"),
+        ("activation_bits: 9", "stages.3.activation_bits: must be at most 8, not 9"),
+        ("weight_bits: '4'", "stages.3.weight_bits: must be a whole number, not '4'; take the quotes away"),
+        ("keep_float: head", "stages.3.keep_float: must be a list, not 'head'"),
+        ("keep_float: [3]", "stages.3.keep_float.0: must be text, not 3"),
+        ("keep_float: ['re:(']", "stages.3.keep_float: `re:(` is no regular expression"),
+        ("keep_flot: []", "stages.3.keep_flot: unknown field; did you mean 'keep_float'?"),
+    ):
+        (line,) = mistakes(write(quantized(field)))
+        assert line.startswith(f"demo.yaml:22: {problem}")
+
+
 def test_a_teacher_of_ones_own_may_teach_at_once() -> None:
     elsewhere = {"teacher": "runs/other/stages/01-train/network"}
     assert recipes.order_mistakes([{"use": "distill", **elsewhere}, {"use": "train", "distill": elsewhere}]) == []

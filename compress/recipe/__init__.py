@@ -24,14 +24,16 @@ from compress.data import DataSettings
 from compress.errors import RecipeError
 from compress.models import ModelSettings
 from compress.product import Preprocess
+from compress.quantization.precision import simulated
 from compress.recipe.draft import Mistake, lay_over, read
 from compress.recipe.explain import SEVERAL, explain, uses
-from compress.recipe.words import shown
+from compress.recipe.words import Keys, dotted, shown
 from compress.settings import Settings
 from compress.stages import StageSettings
+from compress.stages.export import SIMULATED
 from compress.targets import TargetSettings
 
-__all__ = ["Recipe", "describe", "dump", "load", "notes", "order_mistakes", "recipe_hash", "schema"]
+__all__ = ["Recipe", "describe", "dump", "kind_mistakes", "load", "notes", "order_mistakes", "recipe_hash", "schema"]
 
 CHANGES = ("train", "prune", "distill", "quantize")
 """Stages that return another network than they got."""
@@ -57,10 +59,9 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _stages_in_order(self) -> Self:
-        found = order_mistakes([stage.model_dump(mode="json") for stage in self.stages])
-        if found:
-            text = "; ".join(f"stages.{index}: {reason}" for index, reason in found)
-            mistakes = [(("stages", index), reason) for index, reason in found]
+        mistakes = _between_stages([stage.model_dump(mode="json") for stage in self.stages])
+        if mistakes:
+            text = "; ".join(f"{dotted(keys)}: {reason}" for keys, reason in mistakes)
             raise PydanticCustomError(SEVERAL, "{text}", {"text": text, "mistakes": mistakes})
         return self
 
@@ -123,6 +124,39 @@ def order_mistakes(stages: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]
     return mistakes
 
 
+def kind_mistakes(stages: Sequence[Mapping[str, Any]]) -> list[tuple[Keys, str]]:
+    """(keys, reason) of each kind that an export asks for and the stages before it do not make."""
+    mistakes: list[tuple[Keys, str]] = []
+    pruned, quantized, bits = False, False, ""
+    for index, stage in enumerate(stages):
+        pruned = pruned or stage["use"] == "prune"
+        if stage["use"] == "quantize":
+            quantized, bits = True, _simulated(stage)
+        kinds = stage.get("kinds") if stage["use"] == "export" else None
+        for place, kind in enumerate(kinds if isinstance(kinds, list) else []):
+            if kind == "float" and not pruned:
+                reason = "nothing is pruned before this export, so it would be the parent's file again; leave float out"
+            elif kind == "int8" and not quantized:
+                reason = "no `quantize` comes before this export; put one there, or leave int8 out"
+            elif kind == "int8" and bits:
+                reason = f"{SIMULATED.format(bits=bits)}; quantize to 8 bits, or leave int8 out"
+            else:
+                continue
+            mistakes.append((("stages", index, "kinds", place), reason))
+    return mistakes
+
+
+def _between_stages(stages: Sequence[Mapping[str, Any]]) -> list[tuple[Keys, str]]:
+    """(keys, reason) of what is wrong with a stage because of those before it."""
+    order: list[tuple[Keys, str]] = [(("stages", index), reason) for index, reason in order_mistakes(stages)]
+    return order + kind_mistakes(stages)
+
+
+def _simulated(stage: Mapping[str, Any]) -> str:
+    """`W4A8` for a quantize stage whose bit widths no runtime executes; a width that is none is another's mistake."""
+    return simulated({key: bits for key, bits in stage.items() if isinstance(bits, int) and 2 <= bits <= 8})
+
+
 def _teacher(stage: Mapping[str, Any]) -> Any:
     """Whom a training stage learns from, or None."""
     block = stage if stage["use"] == "distill" else stage.get("distill") if stage["use"] == "train" else None
@@ -136,7 +170,7 @@ def _order_of_invalid(stages: Any) -> list[Mistake]:
     known = uses(StageSettings)
     if not all(isinstance(stage, dict) and stage.get("use") in known for stage in stages):
         return []
-    return [Mistake(("stages", index), reason) for index, reason in order_mistakes(stages)]
+    return [Mistake(*mistake) for mistake in _between_stages(stages)]
 
 
 def notes(recipe: Recipe) -> list[str]:
@@ -152,6 +186,9 @@ def notes(recipe: Recipe) -> list[str]:
         found.append(f"changes after the last export are in no exported file: {', '.join(changes)}")
     if exports and "verify" not in after_export:
         found.append("no verify follows the last export: the accuracy of its files is not measured")
+    for stage in recipe.stages:
+        if stage.use == "quantize" and (bits := _simulated(stage.model_dump(mode="json"))):
+            found.append(f"{SIMULATED.format(bits=bits)}: no int8 file is written")
     return found
 
 

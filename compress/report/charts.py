@@ -33,9 +33,11 @@ COLOURS = {
     "#0a0006": "int8",
     "#0a0007": "page",
     "#0a0008": "bad",
+    "#0a0009": "float16",
+    "#0a0010": "int8_weights",
 }
-INK, MUTED, LINE, PARENT, FLOAT, INT8, PAGE, BAD = COLOURS
-OF_KIND = {"parent": PARENT, "float": FLOAT, "int8": INT8}
+INK, MUTED, LINE, PARENT, FLOAT, INT8, PAGE, BAD, FLOAT16, INT8_WEIGHTS = COLOURS
+OF_KIND = {"parent": PARENT, "float": FLOAT, "float16": FLOAT16, "int8_weights": INT8_WEIGHTS, "int8": INT8}
 MARKERS = ("o", "s", "^", "D")
 
 STYLE: dict[Any, Any] = {
@@ -79,9 +81,10 @@ def tradeoff(files: list[dict[str, Any]]) -> str:
         for runtime, marker in zip(runtimes, MARKERS * len(runtimes), strict=False):
             own = [file for file in shown if file["runtime"] == runtime]
             own.sort(key=lambda file: -file["timing"]["p50_ms"])
+            line = [file for file in own if file["kind"] not in wording.KINDS]
             axes.plot(
-                [file["timing"]["p50_ms"] for file in own],
-                [100 * file["accuracy"] for file in own],
+                [file["timing"]["p50_ms"] for file in line],
+                [100 * file["accuracy"] for file in line],
                 color=MUTED,
                 linewidth=1,
                 alpha=0.5,
@@ -92,15 +95,17 @@ def tradeoff(files: list[dict[str, Any]]) -> str:
                 colour, y = OF_KIND.get(file["kind"], INK), 100 * file["accuracy"]
                 if p90:
                     axes.plot([p50, p90], [y, y], color=colour, linewidth=2, solid_capstyle="butt", zorder=2)
+                # Smaller weights are as fast as float ones: their marks lie on those, so they are smaller.
+                on_top = file["kind"] in wording.KINDS
                 axes.plot(
                     p50,
                     y,
                     marker=marker,
-                    markersize=10,
+                    markersize=6 if on_top else 10,
                     color=colour,
                     markeredgecolor=PAGE,
-                    markeredgewidth=1.5,
-                    zorder=3,
+                    markeredgewidth=1 if on_top else 1.5,
+                    zorder=4 if on_top else 3,
                 )
         slowest = max(file["timing"]["p50_ms"] for file in shown)
         right = max(file["timing"]["p90_ms"] or slowest for file in shown)
@@ -111,14 +116,22 @@ def tradeoff(files: list[dict[str, Any]]) -> str:
         axes.set_xlabel("latency per image, ms (p50; less is better)")
         axes.set_title("top-1 accuracy, %", fontsize=11, color=MUTED)
         kinds = [kind for kind in OF_KIND if any(file["kind"] == kind for file in shown)]
-        handles = [Line2D([], [], marker="o", linestyle="", color=OF_KIND[kind], label=kind) for kind in kinds]
+        handles = [
+            Line2D([], [], marker="o", linestyle="", color=OF_KIND[kind], label=wording.kind(kind)) for kind in kinds
+        ]
         handles += [
             Line2D(
                 [], [], marker=marker, linestyle="", markerfacecolor="none", color=MUTED, label=wording.runtime(runtime)
             )
             for runtime, marker in zip(runtimes, MARKERS * len(runtimes), strict=False)
         ]
-        figure.legend(handles=handles, loc="outside lower left", ncols=5, handletextpad=0.2, columnspacing=1.2)
+        figure.legend(
+            handles=handles,
+            loc="outside lower left",
+            ncols=5 if len(kinds) < 4 else 4,
+            handletextpad=0.2,
+            columnspacing=1.2,
+        )
     return out[0]
 
 

@@ -52,7 +52,18 @@ class NetworkFigures(Part):
     params: int | None = None
     macs: int | None = None
     precision: str = "float32"
+    """`float32`, `int8 (fake quant)`, `int8 + 2 layers float32 (fake quant)`, `W4A8 (simulated)`."""
     layers: list[Layer] = []
+
+    @property
+    def numbers(self) -> str:
+        """What it computes in: `float32`, `int8`, `int8 + 2 layers float32`, `W4A8`."""
+        return self.precision.partition(" (")[0]
+
+    @property
+    def simulated(self) -> bool:
+        """Whether no runtime executes what the network computes."""
+        return self.precision.endswith("(simulated)")
 
 
 class Epoch(Part):
@@ -65,7 +76,7 @@ class Epoch(Part):
 class ExportedFile(Part):
     format: str
     kind: str
-    """parent, float or int8."""
+    """parent, float, float16, int8_weights or int8."""
     size_bytes: PositiveInt | None = None
     sha256: str | None = None
 
@@ -97,6 +108,36 @@ class Agreement(Part):
     """Number of logits by how many steps of the output's grid they differ."""
 
 
+class Stored(Part):
+    """Scales, zero points, weights and biases, read from the files and compared exactly."""
+
+    witnesses: list[str] = []
+    grids: int = 0
+    layers: int = 0
+    differing: int = 0
+    """Layers with a number that differs."""
+
+
+class LayerNoise(Part):
+    layer: str
+    output_db: float | None = None
+    """Signal over error at the output when this layer alone is rounded; None where there is no error."""
+    own_db: float | None = None
+    sqnr_db: float | None = None
+
+
+class Noise(Part):
+    """What rounding costs, layer by layer."""
+
+    exact: str
+    rounded: str
+    images: int | None = None
+    output_db: float | None = None
+    worst: list[str] = []
+    """The layers that cost most, the worst first."""
+    layers: list[LayerNoise] = []
+
+
 class Verification(Part):
     tolerance_lsb: int | None = None
     tolerance_float: float | None = None
@@ -107,6 +148,8 @@ class Verification(Part):
     """Why not PASS."""
     files: dict[str, VerifiedFile] = {}
     agreement: list[Agreement] = []
+    static: Stored | None = None
+    sqnr: Noise | None = None
     notes: list[str] = []
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from compress.report import wording
 from compress.report.folder import Benchmark, Conditions, NetworkFigures, Verification
-from compress.report.wording import NOT_MEASURED
+from compress.report.wording import NOT_MEASURED, SIMULATED
 
 
 def machine(conditions: Conditions) -> dict[str, Any]:
@@ -63,12 +63,25 @@ def headline(
         "compute": _compute(final, parent),
         "parity": _parity(verification),
     }
+    last = next(reversed(left.values()), None)
+    unexecuted = last["numbers"] if last and last["simulated"] else ""
+    if unexecuted and not best:
+        absent = f"no runtime here executes {unexecuted}"
+        facts["speed"] = _fact("Speed", SIMULATED, absent)
+        facts["size"] = _fact("File size", SIMULATED, f"{absent}, so no file was exported")
     compressed = (best and best["kind"] != "parent") or (final and not final["is_parent"])
     phrases = [fact["phrase"] for fact in facts.values() if fact["phrase"]]
-    if compressed:
+    if unexecuted and not best:
+        sentence = (
+            f"{unexecuted} simulated: {facts['accuracy']['phrase'] or 'accuracy not measured'}; no file, size or speed"
+        )
+    elif compressed:
         missing = [name for name in ("speed", "accuracy", "size") if facts[name]["value"] == NOT_MEASURED]
         sentence = ", ".join(phrases[:3]) or "compressed"
         sentence += f"; {' and '.join(missing)} not measured" if missing else ""
+        if last and unexecuted:
+            lost = "accuracy not measured" if last["difference"] is None else wording.lost(last["difference"])
+            sentence += f"; {unexecuted} simulated: {lost}"
     else:
         sentence = "Nothing compressed: " + (", ".join(phrases[:3]) or "nothing measured")
     return {

@@ -38,7 +38,8 @@ from compress.report.wording import NOT_MEASURED
 COMPRESSING = ("prune", "quantize")
 """Stages that take something away; the network before the first of them is the parent."""
 
-KINDS = ("parent", "float", "int8")
+KINDS = ("parent", "float", "float16", "int8_weights", "int8")
+"""Of files, the more compressed the later."""
 
 CONDITIONS = {"arch": "architecture", "cpu": "CPU", "os": "system"}
 """A benchmark's conditions that have another name for people."""
@@ -124,30 +125,37 @@ def summary_rows(report: dict[str, Any]) -> list[dict[str, str]]:
     for stage in networks:
         network = stage["network"]
         files: list[dict[str, Any]] = [file for file in report["files"] if file["stage"] == stage["folder"]]
+        absent = wording.SIMULATED if network["simulated"] else NOT_MEASURED
         for file in files or [_without_file(network)]:
             timing, pair = file["timing"] or {}, file["pair"] or {}
             source = f" ({file['accuracy_of']})" if file["accuracy_of"] == "torch" else ""
             rows.append(
                 {
-                    "network": _label(file, files, stage["folder"] or "as loaded"),
+                    "network": _label(file, files, stage["folder"] or "as loaded", network),
                     "accuracy": wording.percent(file["accuracy"]) + source,
                     "vs parent": "parent" if file["kind"] == "parent" else wording.points(file["difference"]),
                     "MACs": wording.count(network["macs"]),
                     "params": wording.count(network["params"]),
-                    "size": wording.size(file["size_bytes"]),
-                    "p50": wording.ms(timing.get("p50_ms")),
-                    "fps": wording.three_digits(timing["fps"]) if timing else NOT_MEASURED,
-                    "speed-up": "parent" if file["kind"] == "parent" else wording.ratio(pair.get("speedup")),
+                    "size": wording.size(file["size_bytes"]) if file["file"] else absent,
+                    "p50": wording.ms(timing["p50_ms"]) if timing else absent,
+                    "fps": wording.three_digits(timing["fps"]) if timing else absent,
+                    "speed-up": "parent"
+                    if file["kind"] == "parent"
+                    else wording.ratio(pair["speedup"])
+                    if pair
+                    else absent,
                 }
             )
     return rows
 
 
-def _label(file: dict[str, Any], files: list[dict[str, Any]], stage: str) -> str:
+def _label(file: dict[str, Any], files: list[dict[str, Any]], stage: str, network: dict[str, Any]) -> str:
     """Stage and file; the runtime and its threads only where they tell two rows of one file apart."""
     if not file["file"]:
-        return stage
+        return f"{stage}, {network['precision']}" if network["simulated"] else stage
     label = f"{stage} {file['file']}"
+    if file["kind"] == "int8" and file["numbers"]:
+        label += f", {file['numbers']}"
     if len([other for other in files if other["file"] == file["file"]]) > 1:
         label += f", {wording.runtime(file['runtime'])}, threads {file['timing']['threads']}"
     return label
@@ -238,7 +246,8 @@ def _network_of(kind: str, stages: list[Stage], parent: _Parent | None) -> tuple
         return (parent.stage, parent.figures) if parent else (None, None)
     for stage in reversed(stages):
         manifest = stage.manifest
-        if manifest.network and manifest.network.precision.startswith("int8") == (kind == "int8"):
+        network = manifest.network
+        if network and not network.simulated and network.numbers.startswith("int8") == (kind == "int8"):
             return manifest.folder, manifest.network
     return None, None
 
@@ -292,12 +301,21 @@ def _file(
         "size_bytes": file.size_bytes,
         "sha256": file.sha256,
         "stage": stage,
+        "numbers": _numbers(file.kind, network),
         "runtime": verified.runtime if verified else None,
         "accuracy": measured and measured.accuracy,
         "accuracy_of": source,
         "images": measured and measured.images,
         "timing": None,
     }
+
+
+def _numbers(kind: str, network: NetworkFigures | None) -> str | None:
+    """What the kind of a file does not say of the numbers it computes in."""
+    if kind in wording.KINDS:
+        return f"{wording.kind(kind)}, computes in float32"
+    mixed = kind == "int8" and network is not None and network.numbers != "int8"
+    return network.numbers if network and mixed else None
 
 
 def _against_parent(
@@ -435,6 +453,8 @@ def _network(figures: NetworkFigures, parent: _Parent | None, stage: str | None)
     return figures.model_dump(mode="json", exclude={"layers"}) | {
         "stage": stage,
         "is_parent": bool(parent and parent.stage == stage),
+        "numbers": figures.numbers,
+        "simulated": figures.simulated,
         "difference": _minus(figures.accuracy, origin.accuracy),
         "times_fewer_macs": _over(origin.macs, figures.macs),
         "times_fewer_params": _over(origin.params, figures.params),
@@ -462,7 +482,11 @@ def _layers(stages: list[Stage], parent: _Parent | None) -> list[dict[str, Any]]
 
 
 def _verification(stages: list[Stage], at: int, metrics: Verification) -> dict[str, Any]:
-    return {"stage": stages[at].manifest.folder} | metrics.model_dump(mode="json")
+    """With `costly`, the layers whose rounding costs most at the output, the worst first."""
+    noise = metrics.sqnr
+    by_name = {layer.layer: layer.model_dump() for layer in noise.layers} if noise else {}
+    costly = [by_name[name] for name in (noise.worst if noise else []) if name in by_name]
+    return {"stage": stages[at].manifest.folder, "costly": costly} | metrics.model_dump(mode="json")
 
 
 def _benchmark(stages: list[Stage], at: int, metrics: Benchmark) -> dict[str, Any]:
@@ -554,8 +578,13 @@ def _warnings(report: dict[str, Any]) -> list[str]:
         ]
     if report["unfinished"]:
         found.append(f"Unfinished run: {', '.join(report['unfinished'])} left no result.")
-    last = next((stage["folder"] for stage in reversed(report["stages"]) if stage["network"]), None)
-    if last and best and best["stage"] not in (last, None):
+    last, network = next(
+        ((stage["folder"], stage["network"]) for stage in reversed(report["stages"]) if stage["network"]), (None, None)
+    )
+    if network and network["simulated"]:
+        sentence = f"What {last} left is {network['numbers']}, simulated in training: no runtime here executes it."
+        found.append(f"{sentence} There is no file of it, so no size and no latency.")
+    elif last and best and best["stage"] not in (last, None):
         found.append(
             f"The network that {last} left was not exported: the headline speaks of {best['file']},"
             f" made from {best['stage']}."
@@ -618,6 +647,7 @@ def _environment(*, autoescape: bool, finalize: Callable[[Any], Any] | None = No
         "agreement",
         "uncounted",
         "moment",
+        "decibels",
     ):
         environment.filters[name] = getattr(wording, name)
     environment.filters["as_text"] = _as_text

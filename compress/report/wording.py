@@ -7,7 +7,17 @@ from typing import Any
 
 NOT_MEASURED = "not measured"
 
+SIMULATED = "simulated"
+"""In place of size and latency of a network that no runtime here executes."""
+
 RUNTIMES = {"onnxruntime": "ONNX Runtime", "litert": "LiteRT"}
+
+KINDS = {"float16": "float16 weights", "int8_weights": "int8 weights"}
+"""Kinds of files whose name is not all that is to say; they compute in float32."""
+
+
+def kind(name: str) -> str:
+    return KINDS.get(name, name)
 
 
 def percent(fraction: float | None) -> str:
@@ -15,8 +25,13 @@ def percent(fraction: float | None) -> str:
 
 
 def uncounted(pair: dict[str, Any]) -> str:
-    """In place of a count of outputs that differ: int8 against what was trained is compared by class."""
-    return "compared by class" if pair["kind"] == "int8" else NOT_MEASURED
+    """In place of a count of outputs that differ: rounded weights against what was trained are compared by class."""
+    return "compared by class" if pair["kind"] in ("int8", *KINDS) else NOT_MEASURED
+
+
+def decibels(value: float | None) -> str:
+    """Of a signal over its error; None is no error."""
+    return "exact" if value is None else f"{value:.1f} dB"
 
 
 def agreement(fraction: float | None) -> str:

@@ -12,11 +12,9 @@ from pydantic import Field
 
 from compress.product import Product, Run
 from compress.settings import Settings
+from compress.stages.export import KINDS
 from compress.targets import Runtime, target
 from compress.targets.comparison import RUNTIMES, Comparison, compare, schedule
-
-KINDS = ("parent", "float", "int8")
-"""Stems of exported files, baseline first."""
 
 
 class Benchmark(Settings):
@@ -25,7 +23,7 @@ class Benchmark(Settings):
     """Measured where the product has files for them."""
     threads: int = Field(default=1, ge=1)
     rounds: int = Field(default=4, ge=1)
-    """Fresh processes per file, interleaved: parent, float, int8, parent again."""
+    """Fresh processes per file, interleaved: parent, the others, parent again."""
     runs: int = Field(default=50, ge=1)
     """Least samples of each process."""
     min_s: float = Field(default=0.0, ge=0)
@@ -50,7 +48,7 @@ class Benchmark(Settings):
 
 def _in_order(files: Mapping[str, Path]) -> dict[str, Path]:
     """Parent first: it is the baseline."""
-    rank = {kind: number for number, kind in enumerate(KINDS)}
+    rank: dict[str, int] = {kind: number for number, kind in enumerate(KINDS)}
     return {name: files[name] for name in sorted(files, key=lambda name: rank.get(Path(name).stem, len(KINDS)))}
 
 

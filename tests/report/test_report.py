@@ -23,6 +23,10 @@ FILES = ("parent.onnx", "parent.tflite", "float.onnx", "float.tflite", "int8.onn
 SIZES = dict(zip(FILES, (8_871_234, 8_902_116, 3_104_552, 3_098_771, 902_113, 861_504), strict=True))
 ACCURACY = dict(zip(FILES, (0.9722, 0.9722, 0.9694, 0.9694, 0.9667, 0.9667), strict=True))
 P50_MS = dict(zip(FILES, (6.64, 6.32, 3.41, 3.12, 2.05, 1.86), strict=True))
+WEIGHT_ONLY = ("float16.onnx", "float16.tflite", "int8_weights.onnx", "int8_weights.tflite")
+SIZES |= dict(zip(WEIGHT_ONLY, (1_560_001, 1_553_333, 801_220, 797_004), strict=True))
+ACCURACY |= dict(zip(WEIGHT_ONLY, (0.9694, 0.9694, 0.9639, 0.9639), strict=True))
+P50_MS |= dict(zip(WEIGHT_ONLY, (3.42, 3.15, 3.39, 3.11), strict=True))
 SPEEDUPS = {"float.onnx": 1.947, "float.tflite": 2.026, "int8.onnx": 3.239, "int8.tflite": 3.398}
 
 
@@ -82,6 +86,7 @@ def export(names: tuple[str, ...] = FILES) -> dict[str, Any]:
     files = {}
     for number, name in enumerate(names):
         kind, suffix = name.split(".")
+        assert kind in ("parent", "float", "float16", "int8_weights", "int8")
         files[name] = {"format": suffix, "kind": kind, "size_bytes": SIZES[name], "sha256": f"{number:064x}"}
     return {"files": files}
 
@@ -102,6 +107,13 @@ def verify(names: tuple[str, ...] = FILES, verdict: str = "PASS") -> dict[str, A
              "top1_agreement": 0.9972, "histogram": {"0": 3593, "1": 7}},
             {"a": "parent.onnx", "b": "parent.tflite", "kind": "float", "max_abs": 1.05e-05, "top1_agreement": 1.0},
         ],
+        "static": {"witnesses": ["frozen torch int8", "int8.onnx", "int8.tflite"], "grids": 31, "layers": 29,
+                   "unmatched": 0, "differing": 0, "differences": []},
+        "sqnr": {"exact": "torch float", "rounded": "frozen torch int8", "images": 4, "output_db": 24.51, "tensors": 31,
+                 "matched": 3, "worst": ["features.3.conv.1.0", "features.0.0"],
+                 "layers": [{"layer": "features.0.0", "sqnr_db": 38.04, "own_db": 38.04, "output_db": 31.26},
+                            {"layer": "features.3.conv.1.0", "sqnr_db": 25.32, "own_db": 29.15, "output_db": 27.93},
+                            {"layer": "max", "sqnr_db": 25.32, "own_db": None, "output_db": None}]},
         "notes": ["this x86 CPU has no VNNI: onnxruntime ran its exact kernels"],
     }  # fmt: skip
 
@@ -153,6 +165,10 @@ WHOLE = (TRAIN, PRUNE, DISTILL, QUANTIZE, EXPORT, VERIFY, BENCHMARK)
 NO_FLOAT = tuple(name for name in FILES if not name.startswith("float"))
 PLAIN = ("parent.onnx", "parent.tflite")
 
+ALL_KINDS = (*FILES[:4], *WEIGHT_ONLY, *FILES[4:])
+MIXED = ("quantize", network(0.9667, 0.6, "int8 + 2 layers float32 (fake quant)"), {"history": history(3, 0.9)})
+W4A8 = ("quantize", network(0.9611, 0.6, "W4A8 (simulated)"), {"history": history(3, 0.9)})
+
 VARIANTS: dict[str, tuple[Any, ...]] = {
     "whole": WHOLE,
     "train only": (TRAIN,),
@@ -163,6 +179,32 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
         ("verify", None, verify(NO_FLOAT)),
         ("benchmark", None, benchmark(NO_FLOAT)),
     ),
+    "every kind": (
+        *(TRAIN, PRUNE, DISTILL, MIXED),
+        ("export", None, export(ALL_KINDS)),
+        ("verify", None, verify(ALL_KINDS)),
+        ("benchmark", None, benchmark(ALL_KINDS)),
+    ),
+    "weights alone": (
+        TRAIN,
+        ("export", None, export((*PLAIN, *WEIGHT_ONLY))),
+        ("verify", None, verify((*PLAIN, *WEIGHT_ONLY))),
+        ("benchmark", None, benchmark((*PLAIN, *WEIGHT_ONLY))),
+    ),
+    "simulated": (
+        TRAIN,
+        W4A8,
+        ("export", None, export(PLAIN)),
+        ("verify", None, verify(PLAIN)),
+        ("benchmark", None, benchmark(PLAIN)),
+    ),
+    "pruned and simulated": (
+        *(TRAIN, PRUNE, DISTILL, W4A8),
+        ("export", None, export(FILES[:4])),
+        ("verify", None, verify(FILES[:4])),
+        ("benchmark", None, benchmark(FILES[:4])),
+    ),
+    "simulated, no export": (TRAIN, PRUNE, W4A8),
     "no verify": (TRAIN, PRUNE, DISTILL, QUANTIZE, EXPORT, BENCHMARK),
     "no benchmark": (TRAIN, PRUNE, DISTILL, QUANTIZE, EXPORT, VERIFY),
     "no export": (TRAIN, PRUNE, DISTILL, QUANTIZE),
@@ -283,7 +325,7 @@ def test_every_variant_gives_a_whole_page(written: Reported, variant: str) -> No
     for drawing in drawings:
         ElementTree.fromstring(drawing)
         assert "var(--" in drawing
-        assert not re.search(r"#0a000\d|<metadata|#000000", drawing)
+        assert not re.search(r"#0a000\d|#0a0010|<metadata|#000000", drawing)
     for text in (page.text, markdown):
         assert report["headline"]["sentence"].split(",")[0] in text
         for leak in ("None", "nan", "Undefined", "{{", "{%", "dict(", "&lt;"):
@@ -380,10 +422,77 @@ def test_summary_has_a_row_per_network_and_file(written: Reported) -> None:
         ("only the parent exported", "36.1 points lost; speed and size not measured"),
         ("benchmark alone", "3.4× faster, 10.3× smaller; accuracy not measured"),
         ("empty stages", "Nothing compressed: nothing measured"),
+        ("every kind", "3.4× faster, 0.5 points lost, 10.3× smaller"),
+        ("weights alone", "2.0× faster, 0.8 points lost, 11.2× smaller"),
+        ("simulated", "W4A8 simulated: 1.4 points lost; no file, size or speed"),
+        ("simulated, no export", "W4A8 simulated: 1.4 points lost; no file, size or speed"),
+        (
+            "pruned and simulated",
+            "2.0× faster, 0.3 points lost, 2.9× smaller; W4A8 simulated: 1.4 points lost",
+        ),
     ],
 )
 def test_headline_says_what_was_measured_and_what_was_not(written: Reported, variant: str, sentence: str) -> None:
     assert written(variant)[0]["headline"]["sentence"] == sentence
+
+
+def test_files_of_smaller_weights_stand_between_float_and_int8(written: Reported) -> None:
+    report, html, markdown = written("every kind")
+    kinds = [file["kind"] for file in report["files"]]
+    assert kinds == [kind for kind in ("parent", "float", "float16", "int8_weights", "int8") for _ in (0, 1)]
+    assert report["headline"]["file"] == "int8.tflite"
+    numbers = {file["kind"]: file["numbers"] for file in report["files"]}
+    assert numbers == {
+        "parent": None,
+        "float": None,
+        "float16": "float16 weights, computes in float32",
+        "int8_weights": "int8 weights, computes in float32",
+        "int8": "int8 + 2 layers float32",
+    }
+    for text in filter(None, numbers.values()):
+        assert text in Page(html).text
+        assert text in markdown
+    # Made from the float network that was exported, whatever `quantize` left.
+    assert {file["stage"] for file in report["files"] if file["kind"] == "int8_weights"} == {"03-distill"}
+    for kind in ("float16", "int8_weights"):
+        assert f'class="dot {kind}"' in html
+        assert f"var(--{kind})" in html.partition("Accuracy against latency</h3>")[2].partition("</svg>")[0]
+    assert "float16 weights" in html.partition("Accuracy against latency</h3>")[2].partition("</svg>")[0]
+    assert "04-quantize int8.onnx, int8 + 2 layers float32" in [row["network"] for row in summary_rows(report)]
+
+
+@pytest.mark.parametrize("variant", ["simulated", "pruned and simulated", "simulated, no export"])
+def test_what_no_runtime_executes_has_no_file_size_or_latency(written: Reported, variant: str) -> None:
+    report, html, markdown = written(variant)
+    folder = next(stage["folder"] for stage in report["stages"] if stage["stage"] == "quantize")
+    (row,) = (row for row in summary_rows(report) if row["network"].startswith(folder))
+    assert row["network"] == f"{folder}, W4A8 (simulated)"
+    assert row["accuracy"] == "96.1% (torch)"
+    assert {row[figure] for figure in ("size", "p50", "fps", "speed-up")} == {"simulated"}
+    assert not any(file["stage"] == folder for file in report["files"])
+    assert next(stage for stage in report["stages"] if stage["folder"] == folder)["network"]["fps"] is None
+    warning = f"What {folder} left is W4A8, simulated in training: no runtime here executes it."
+    assert any(sentence.startswith(warning) for sentence in report["warnings"])
+    assert warning in Page(html).text
+    assert re.search(rf"\| {folder}, W4A8 \(simulated\) .*\| simulated \|", markdown)
+    facts = report["headline"]["facts"]
+    if variant != "pruned and simulated":
+        assert (facts["speed"]["value"], facts["size"]["value"]) == ("simulated", "simulated")
+    else:  # those of the pruned float file, as the headline says
+        assert report["headline"]["file"] == "float.tflite"
+
+
+def test_the_layers_that_cost_most_and_the_stored_numbers_are_told(written: Reported, tmp_path: Path) -> None:
+    _, html, markdown = written("whole")
+    for text in (Page(html).text, markdown):
+        assert "equal to the last bit (31 grids, weights of 29 layers)" in text
+        assert text.index("27.9 dB") < text.index("31.3 dB")  # the worst first
+        assert "the whole network: 24.5 dB" in text
+    differs = verify(verdict="FAIL")
+    differs["static"] |= {"differing": 2}
+    _, html, markdown = reported(tmp_path, (*WHOLE[:5], ("verify", None, differs)))
+    assert "2 layers hold different numbers" in Page(html).text
+    assert "**2 layers hold different numbers**" in markdown
 
 
 def test_accuracy_without_verification_is_called_torch(written: Reported) -> None:
