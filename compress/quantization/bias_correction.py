@@ -56,7 +56,7 @@ class _InFloat(fx.Interpreter):
         else:
             output = nn.Linear.forward(layer, x)
         axes = _all_but_channels(layer, output)
-        self.total[target] = self.total.get(target, 0) + output.double().sum(axes)
+        self.total[target] = self.total.get(target, 0) + output.sum(axes).double()
         self.count[target] = self.count.get(target, 0) + output.numel() // len(self.total[target])
         return output
 
@@ -74,11 +74,12 @@ class _Corrected(fx.Interpreter):
         if target not in self.wanted:
             return output
         layer = self.fetch_attr(target)
-        found = output.double().mean(_all_but_channels(layer, output))
+        found = output.mean(_all_but_channels(layer, output)).double()
         added = (self.wanted[target] - found).to(output.dtype)
         layer.bias += added
         self.added[target] = added
-        return output + (added if isinstance(layer, nn.Linear) else added.view(-1, *(1,) * (output.ndim - 2)))
+        # In place: of all images at once, a tensor may be a gigabyte.
+        return output.add_(added if isinstance(layer, nn.Linear) else added.view(-1, *(1,) * (output.ndim - 2)))
 
 
 def _all_but_channels(layer: nn.Module, output: Tensor) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ and clipping together cost the least mean squared error (Nagel et al., 2021, arX
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -160,15 +160,12 @@ def calibrate(
     Grids that are fixed (the input's) or another tensor's stay. Raises ModelError for values that are not finite.
     """
     quantizers = [m for m in graph_module.modules() if isinstance(m, ActivationQuantizer) and m.layer != "input"]
+    observed = {quantizer: Histogram() for quantizer in quantizers if quantizer.observes}
+    hooks = [q.register_forward_hook(_watch(histogram, method)) for q, histogram in observed.items()]
     was_training = graph_module.training
     graph_module.eval().to(device)
-    histograms = {quantizer: Histogram() for quantizer in quantizers if quantizer.observes}
-    hooks = [
-        quantizer.register_forward_pre_hook(_watch(histogram if method != "minmax" else None))
-        for quantizer, histogram in histograms.items()
-    ]
     for quantizer in quantizers:
-        quantizer.calibrating = True
+        quantizer.calibrating, quantizer.observes = True, False
         quantizer.batches.zero_()
         quantizer.extremes.zero_()
     try:
@@ -179,27 +176,32 @@ def calibrate(
         for hook in hooks:
             hook.remove()
         for quantizer in quantizers:
-            quantizer.calibrating = False
-    for quantizer, histogram in histograms.items():
+            quantizer.calibrating, quantizer.observes = False, quantizer in observed
+    for quantizer, histogram in observed.items():
         if method == "percentile":
             quantizer.set_range(*percentile_range(histogram, percentile))
         elif method == "mse":
             quantizer.set_range(*mse_range(histogram, quantizer.last))
+        else:
+            quantizer.set_range(*quantizer.extremes.tolist())
     graph_module.to("cpu").train(was_training)
 
 
-def _watch(histogram: Histogram | None) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    """A hook that looks at what a quantizer is about to observe, and counts it where there is a histogram."""
+def _watch(histogram: Histogram, method: Method) -> Callable[[nn.Module, Any, Tensor], None]:
+    """A hook on a quantizer that lets tensors pass: averages their extremes, and counts their values."""
 
-    def hook(quantizer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def hook(quantizer: nn.Module, _: Any, values: Tensor) -> None:
         assert isinstance(quantizer, ActivationQuantizer)
-        if not torch.stack(inputs[0].aminmax()).isfinite().all():
+        extremes = torch.stack(values.aminmax()).float()
+        if not extremes.isfinite().all():
             raise ModelError(
                 f"layer {quantizer.layer}",
                 "has values that are not finite, so no grid holds them",
                 "look at the network's weights, and at what training did to them",
             )
-        if histogram is not None:
-            histogram.add(inputs[0].clamp(0, quantizer.limit) if quantizer.nonnegative else inputs[0])
+        quantizer.batches += 1
+        quantizer.extremes += (extremes - quantizer.extremes) / quantizer.batches
+        if method != "minmax":
+            histogram.add(values)
 
     return hook

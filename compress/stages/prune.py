@@ -31,6 +31,7 @@ from compress.models.structure import compose, resize, sizes
 from compress.product import Batch, KeptChannels, Network, Preprocess, Product, Run
 from compress.settings import Settings
 from compress.stages.distill import Distillation, objective
+from compress.stages.sample import sample, sample_size
 from compress.training import Fit, fit, labels_loss, reestimated_batchnorm
 
 SCORED_AT_ONCE = 32
@@ -136,11 +137,7 @@ class Prune(Settings):
             resize(module, removed)
             kept = compose(kept, removed)
             if self.batchnorm_images:
-                images = min(self.batchnorm_images, run.data.count("train"))
-                batches = run.data.batches(
-                    "train", batch_size=min(64, images), shuffle=True, limit=images, seed=run.seed
-                )
-                module = reestimated_batchnorm(module, batches, run.device)
+                module = reestimated_batchnorm(module, sample(run, self.batchnorm_images, batch_size=64), run.device)
             if self.finetune is not None:
                 loss = objective(self.distill, product, run, label_smoothing=self.finetune.label_smoothing)
                 module, epochs = fit(
@@ -318,9 +315,9 @@ def root_mean_square_gradients(module: nn.Module, run: Run, images: int) -> dict
     loss = labels_loss()
     squares: dict[str, Tensor] = {}
     count = 0
-    images = min(images, run.data.count("train"))
-    with run.progress.steps("prune  gradients", max(1, images // SCORED_AT_ONCE)) as advance:
-        for batch in run.data.batches("train", batch_size=SCORED_AT_ONCE, shuffle=True, seed=run.seed, limit=images):
+    steps = max(1, sample_size(run, images) // SCORED_AT_ONCE)
+    with run.progress.steps("prune  gradients", steps) as advance:
+        for batch in sample(run, images, batch_size=SCORED_AT_ONCE):
             copied.zero_grad(set_to_none=True)
             value = loss(copied, Batch(batch.images_NCHW.to(run.device), batch.labels_N.to(run.device)))
             value.backward()

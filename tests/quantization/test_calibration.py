@@ -85,15 +85,15 @@ def test_percentiles_are_numpys_to_a_bin(shape, seed, percent):
         assert found <= max(above, 0.0 if wanted == 100 else above) + 2 * histogram.width
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(shapes, st.integers(0, 999), st.sampled_from([255, 15]))
 def test_no_range_beats_that_of_least_squares(shape, seed, last):
-    """Against every pair of ends of a 60 x 60 raster, by the error of the real quantizer on the real values."""
-    x = values_of(shape, seed)
+    """Against every pair of ends of a 40 x 40 raster, by the error of the real quantizer on the real values."""
+    x = values_of(shape, seed, size=2000)
     histogram = Histogram()
     histogram.add(x)
     found = error(x, *mse_range(histogram, last), last)
-    ends = np.linspace(1, 0, 60, endpoint=False)
+    ends = np.linspace(1, 0, 40, endpoint=False)
     lows, highs = (grid.ravel() for grid in np.meshgrid(min(0, float(x.min())) * ends, max(0, float(x.max())) * ends))
     raster = rounding_error(x.double(), torch.ones(len(x)).double(), torch.tensor(lows), torch.tensor(highs), last)
     best = int(raster.argmin())
@@ -143,8 +143,9 @@ def test_minmax_is_the_mean_of_the_extremes(stripes):
         if isinstance(other, ActivationQuantizer) and other.layer != "input":
             other.calibrating, other.observes = True, False
     graph.eval()
-    for batch in stripes.batches("train", batch_size=16):
-        graph(batch.images_NCHW)
+    with torch.no_grad():
+        for batch in stripes.batches("train", batch_size=16):
+            graph(batch.images_NCHW)
     low = np.mean([float(extremes[0]) for extremes in seen])
     high = np.mean([float(extremes[1]) for extremes in seen])
     scale, zero_point = grid.grid()
@@ -190,22 +191,23 @@ def test_least_squares_lose_less_than_extremes_where_tails_are_long(stripes):
     assert errors["mse"] < 0.9 * errors["minmax"]
 
 
-def test_a_shared_grid_is_placed_by_its_owner_alone(stripes):
-    class Averages(nn.Module):
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
+def test_fixed_and_shared_grids_stay_out_of_it(stripes, method):
+    class Grids(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.pool, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.AvgPool2d(8), nn.Linear(32, 5)
+            self.owner = ActivationQuantizer("owner")
+            self.shared, self.fixed = self.owner.again("shared"), ActivationQuantizer("fixed", fixed=(1 / 256, 0))
 
         def forward(self, x):
-            return self.head(self.pool(torch.relu(self.conv(x))).flatten(1))
+            return self.fixed(self.shared(self.owner(x) * 10))
 
-    module = randomized(Averages())
-    graph = prepare(module, Quantization(), PREPROCESS)
-    calibrate(graph, stripes.batches("train", batch_size=16), CPU, "percentile", percentile=100)
-    largest = max(torch.relu(module.conv(b.images_NCHW)).max().item() for b in stripes.batches("train", batch_size=16))
-    owner, shared = quantizer(graph, "conv"), quantizer(graph, "pool")
-    assert owner.grid() == shared.grid()
-    assert owner.scale.item() * 255 == pytest.approx(largest, rel=0.02)  # weights are rounded
+    grids = Grids()
+    calibrate(grids, stripes.batches("train", batch_size=16), CPU, method)
+    assert grids.fixed.grid() == (1 / 256, 0)
+    assert grids.shared.grid() == grids.owner.grid()
+    largest = max(float(batch.images_NCHW.abs().max()) for batch in stripes.batches("train", batch_size=16))
+    assert grids.owner.scale.item() * 255 <= 2 * largest * 1.01
 
 
 def test_values_that_are_not_finite_are_refused_by_layer(stripes):

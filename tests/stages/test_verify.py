@@ -5,19 +5,14 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from torch import nn
 
+from compress.product import Network, Product
 from compress.quantization import freeze
 from compress.stages.export import Export
 from compress.stages.quantize import Quantize
-from compress.stages.verify import (
-    Verify,
-    compare_floats,
-    compare_layers,
-    compare_steps,
-    onnx_layers,
-    tflite_layers,
-    torch_layers,
-)
+from compress.stages.verify import Verify
+from compress.verification.differences import compare_floats, compare_steps
 
 EXPORT, VERIFY = Export(use="export"), Verify(use="verify")
 
@@ -28,19 +23,13 @@ def exported(product, run):
     return EXPORT.apply(quantized, run)
 
 
-def test_quantize_with_no_epochs_is_calibration_alone(product, run):
-    quantized = Quantize(use="quantize", epochs=0).apply(product, run)
-    assert quantized.parent is product.network
-    assert quantized.float_network is product.network
-    assert quantized.metrics == {"history": [], "calibration_images": 64}
-    assert quantized.network.structure.quantize == {"learn_activations": True}
-
-
-def test_export_writes_what_there_is(product, exported, run):
-    assert set(exported.files) == {"parent.onnx", "parent.tflite", "int8.onnx", "int8.tflite"}
-    assert exported.metrics["files"]["int8.onnx"]["size_bytes"] == exported.files["int8.onnx"].stat().st_size
-    plain = EXPORT.apply(product, run)
-    assert set(plain.files) == {"parent.onnx", "parent.tflite"}
+def change(path, name, values):
+    """Writes `values(old)` in the place of one constant of an ONNX file."""
+    model = onnx.load(path)
+    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
+    old = numpy_helper.to_array(tensor)
+    tensor.CopyFrom(numpy_helper.from_array(values(old).astype(old.dtype), name))
+    onnx.save(model, path)
 
 
 def test_runtimes_agree_and_accuracy_is_the_files_own(exported, run):
@@ -63,31 +52,54 @@ def test_runtimes_agree_and_accuracy_is_the_files_own(exported, run):
     assert metrics["files"]["parent.onnx"]["accuracy"] == pytest.approx(expected)
 
 
+def test_stored_numbers_layers_and_sqnr_are_in_the_manifest(exported, run):
+    metrics = VERIFY.apply(exported, run).metrics
+    assert metrics["static"]["witnesses"] == ["frozen torch int8", "int8.onnx", "int8.tflite"]
+    assert metrics["static"]["layers"] == 5
+    assert metrics["static"]["differing"] == 0
+    assert [(c["a"], c["b"]) for c in metrics["layers"]] == [
+        ("frozen torch int8", "int8.onnx"),
+        ("frozen torch int8", "int8.tflite"),
+    ]
+    assert all(c["first_wrong"] is None and c["worst_alone_lsb"] <= 1 for c in metrics["layers"])
+    worst = metrics["sqnr"]["worst"]
+    assert len(worst) == 3
+    costs = {layer["layer"]: layer["output_db"] for layer in metrics["sqnr"]["layers"]}
+    assert worst == sorted(costs, key=costs.get)[:3]
+
+
 @pytest.mark.parametrize("layer", ["depthwise", "down"])
 def test_an_altered_file_fails_and_the_first_wrong_layer_is_named(exported, run, layer):
-    path = exported.files["int8.onnx"]
-    model = onnx.load(path)
-    for tensor in model.graph.initializer:
-        if tensor.name == f"{layer}.bias":
-            moved = numpy_helper.to_array(tensor) + 40 * np.abs(numpy_helper.to_array(tensor)).max()
-            tensor.CopyFrom(numpy_helper.from_array(moved.astype(np.int32), tensor.name))
-    onnx.save(model, path)
+    change(exported.files["int8.onnx"], f"{layer}.bias", lambda bias: bias + 40 * np.abs(bias).max())
     metrics = VERIFY.apply(exported, run).metrics
     assert metrics["verdict"] == "FAIL"
+    assert metrics["reason"].startswith(f"int8.onnx: bias of layer {layer} channel 0 (and ")
     reasons = [pair["reason"] for pair in metrics["agreement"] if pair["verdict"] == "FAIL"]
     assert len(reasons) == 2  # against torch and against LiteRT; those two still agree
     assert all(f"first at layer {layer} (" in reason for reason in reasons)
+    assert [c["first_wrong"] for c in metrics["layers"]] == [layer, None]
+    named = {
+        p["b"]: p["layers"][0]["layer"] for p in metrics["agreement"] if p["a"] == "frozen torch int8" and "layers" in p
+    }
+    assert named == {"int8.onnx": layer}
+
+
+def test_a_small_lie_in_a_scale_fails_where_the_logits_do_not_show_it(exported, run):
+    """One channel of one layer, by one part in a thousand."""
+    change(
+        exported.files["int8.onnx"],
+        "point.weight_scale",
+        lambda scale: scale * np.where(np.arange(len(scale)) == 2, 1.001, 1),
+    )
+    metrics = VERIFY.apply(exported, run).metrics
+    assert all(pair["verdict"] == "PASS" for pair in metrics["agreement"])
+    assert metrics["verdict"] == "FAIL"
+    assert metrics["reason"].startswith("int8.onnx: weight scale of layer point channel 2 is ")
 
 
 def test_a_float_file_that_differs_fails(exported, run):
-    files = dict(exported.files)
-    path = files["parent.onnx"]
-    model = onnx.load(path)
-    for tensor in model.graph.initializer:
-        if tensor.name == "head.bias":
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + 1, tensor.name))
-    onnx.save(model, path)
-    metrics = VERIFY.apply(replace(exported, files=files), run).metrics
+    change(exported.files["parent.onnx"], "head.bias", lambda bias: bias + 1)
+    metrics = VERIFY.apply(exported, run).metrics
     assert metrics["verdict"] == "FAIL"
     assert "torch parent and parent.onnx differ by" in metrics["reason"]
     assert "parent.onnx and parent.tflite differ by" in metrics["reason"]
@@ -96,7 +108,7 @@ def test_a_float_file_that_differs_fails(exported, run):
 
 def test_a_freeze_that_computes_something_else_fails(exported, run, monkeypatch):
     """Files are copies of the frozen network, so only the trained one can tell."""
-    from compress.stages import verify
+    from compress.verification import verify
 
     def broken(prepared):
         frozen = freeze(prepared)
@@ -107,6 +119,63 @@ def test_a_freeze_that_computes_something_else_fails(exported, run, monkeypatch)
     monkeypatch.setattr(verify, "freeze", broken)
     metrics = VERIFY.apply(exported, run).metrics
     assert "trained torch int8 and frozen torch int8 differ in the class of" in metrics["reason"]
+    assert "bias of layer head" in metrics["reason"]
+
+
+def test_a_limit_takes_fewer_images(exported, run):
+    found = VERIFY.verify(exported, run.data, run.progress, limit=7)
+    assert found.images == found.files["int8.onnx"]["images"] == 7
+    assert found.passed
+
+
+class FloatHead(nn.Module):
+    """Its last layer can be kept float, and so can a hard-swish."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.second = nn.Conv2d(8, 8, 3, stride=2, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = nn.functional.hardswish(self.first(x))
+        x = torch.relu(self.second(x)).mean((2, 3))
+        return self.head(x)
+
+
+def test_float_logits_of_an_int8_network_have_an_lsb_of_their_own(product, run):
+    torch.manual_seed(0)
+    small = Product(Network(FloatHead().eval(), product.network.structure))
+    quantized = Quantize(use="quantize", epochs=0, keep_float=("head",)).apply(small, run)
+    assert freeze(quantized.network.module).output is None
+    metrics = VERIFY.apply(EXPORT.apply(quantized, run), run).metrics
+    assert metrics["verdict"] == "PASS", metrics["reason"]
+    pair = next(p for p in metrics["agreement"] if (p["a"], p["b"]) == ("int8.onnx", "int8.tflite"))
+    assert pair["max_lsb"] <= 1
+    assert 0 < pair["lsb"] < 1
+    change(run.folder / "int8.onnx", "head.bias", lambda bias: bias + np.float32(1))
+    metrics = VERIFY.apply(replace(EXPORT.apply(quantized, run)), run).metrics
+    assert metrics["verdict"] == "PASS"  # written anew
+    change(run.folder / "int8.onnx", "head.bias", lambda bias: bias + np.float32(1))
+    found = VERIFY.apply(
+        replace(quantized, files={name: run.folder / name for name in ("int8.onnx", "int8.tflite")}), run
+    ).metrics
+    assert found["verdict"] == "FAIL"
+    assert "frozen torch int8 and int8.onnx differ by" in found["reason"]
+
+
+def test_weight_only_files_are_compared_as_floats_and_with_the_float_network(product, run):
+    quantized = Quantize(use="quantize", epochs=0).apply(product, run)
+    kinds = ("float16", "int8_weights", "int8")
+    exported = Export(use="export", kinds=kinds).apply(quantized, run)
+    metrics = VERIFY.apply(exported, run).metrics
+    assert metrics["verdict"] == "PASS", metrics["reason"]
+    for kind in ("float16", "int8_weights"):
+        pairs = [pair for pair in metrics["agreement"] if pair["kind"] == kind]
+        assert any(pair.get("max_relative", 1) < 1e-3 for pair in pairs)
+        by_class = {pair["b"]: pair for pair in pairs if pair["a"] == "torch parent"}
+        assert set(by_class) == {f"{kind}.onnx", f"{kind}.tflite"}
+        assert all(pair["top1_agreement"] >= 0.98 and pair["sqnr_db"] > 20 for pair in by_class.values())
 
 
 def test_comparisons_against_hand_counts():
@@ -124,18 +193,3 @@ def test_comparisons_against_hand_counts():
     assert floats["max_abs"] == 2
     assert floats["max_relative"] == pytest.approx(2 / 7)
     assert floats["verdict"] == "PASS"
-
-
-def test_layers_are_compared_as_whole_numbers(exported, run):
-    """All three readers give the same numbers for the same tensors, in one layout."""
-    frozen = freeze(exported.network.module)
-    image = run.data.splits["evaluation"][0][0].numpy()
-    by_torch = torch_layers(frozen, image)
-    by_onnx = onnx_layers(exported.files["int8.onnx"], frozen.grids(), image, run.folder)
-    by_tflite = tflite_layers(exported.files["int8.tflite"], frozen.grids(), image, run.folder)
-    assert list(by_torch) == list(by_onnx)
-    assert len(by_tflite) >= 8
-    for other in (by_onnx, by_tflite):
-        found = compare_layers(by_torch, other)
-        assert len(found) == len(other)
-        assert max(layer["max_lsb"] for layer in found) <= 1
