@@ -1,4 +1,4 @@
-"""The command line: `compress run`, `check`, `schema`, `bench`, `report`.
+"""The command line: `compress run`, `check`, `schema`, `doctor`, `verify`, `bench`, `report`.
 
 Heavy libraries are imported by the command that needs them: `--help` and a board's `bench` do without torch.
 """
@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -177,6 +177,44 @@ def bench(
 
 
 @app.command()
+def doctor(
+    subject: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A recipe, or package.module:factory for a network without one.")
+    ],
+    overrides: Overrides = None,
+    size: Annotated[int, typer.Option(min=8, help="Side of the image, for a factory.")] = 224,
+    classes: Annotated[
+        int | None, typer.Option(min=2, help="Outputs, for a factory; default: those its network has.")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option(help="Time single layers and rewritten activations on this machine.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything found as JSON.")] = False,
+) -> None:
+    """Say what int8 will do to a network before it is trained; exit status 1 if it cannot be quantized or exported."""
+    from compress import doctor as doctors
+
+    progress = RichProgress(messages)
+    if ":" in subject and not Path(subject).exists():
+        if overrides:
+            raise CompressError("doctor", f"{overrides[0]} changes a recipe", "a factory takes --size and --classes")
+        examined = doctors.from_factory(subject, progress, size=size, classes=classes)
+    else:
+        examined = doctors.from_recipe(Path(subject), overrides or [], progress, base=Path.cwd())
+    diagnosis = doctors.examine_subject(examined, progress, measure=measure)
+    if as_json:
+        print(json.dumps(doctors.as_json(diagnosis), indent=1))
+    else:
+        for section in doctors.sections(diagnosis):
+            output.print(f"\n[bold]{escape(section.title)}[/bold]")
+            _show_rows(section.rows)
+            for line in section.lines:
+                output.print(line, highlight=False, markup=False)
+    if not diagnosis.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/mobilenetv2_arm.")],
 ) -> None:
@@ -195,14 +233,20 @@ def _show_summary(folder: Path) -> None:
     rows = summary_rows(data)
     if not rows:
         return
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*map(escape, row.values()))
-    output.print(table)
+    _show_rows(rows)
     if data["machine"] and data["machine"]["statement"] not in data["warnings"]:
         output.print(data["machine"]["statement"], highlight=False, markup=False)
     for warning in data["warnings"]:
         output.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
+
+
+def _show_rows(rows: Sequence[Mapping[str, str]]) -> None:
+    """A table of rows with equal keys, its header; nothing where there are none."""
+    if rows:
+        table = Table(*rows[0])
+        for row in rows:
+            table.add_row(*map(escape, row.values()))
+        output.print(table)
 
 
 class RichProgress:

@@ -40,7 +40,7 @@ def build_factory(settings: Factory, num_classes: int, input_size: int, note: Ca
     if "num_classes" in settings.args:
         raise ModelError(place, "`args` has num_classes", "leave it out: the data says how many classes there are")
     with importable(Path.cwd()):
-        factory = _find(settings.use, place)
+        factory = find(settings.use, place)
         extra = {"num_classes": num_classes} if takes(factory, "num_classes") else {}
         try:
             module = factory(**settings.args, **extra)
@@ -83,7 +83,7 @@ def importable(folder: Path) -> Iterator[None]:
             sys.path.remove(str(folder))
 
 
-def _find(use: str, place: str) -> Callable[..., Any]:
+def find(use: str, place: str) -> Callable[..., Any]:
     path, _, name = use.partition(":")
     try:
         found = importlib.import_module(path)
