@@ -137,6 +137,59 @@ def schema() -> None:
 
 
 @app.command()
+def verify(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="RUN | FILE...", help="A run's folder, or files of one network.")
+    ],
+    images: Annotated[
+        Path | None, typer.Option(help="For files: a folder or zip of images, or a .npy of real-valued ones.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Images at most.")] = None,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    tolerance_lsb: Annotated[
+        int | None, typer.Option(min=0, help="Of int8 outputs; default 1, or the recipe's.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of synthetic images.")] = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print everything compared as JSON instead of tables.")
+    ] = False,
+) -> None:
+    """Compare what files compute: with each other, with their network, layer by layer."""
+    from compress.verification import Tolerances, tables, verify_files
+    from compress.verification.tables import headline
+
+    progress = RichProgress(messages)
+    if len(paths) == 1 and paths[0].is_dir():
+        from compress import pipeline
+        from compress.stages.verify import Verify
+
+        if images is not None:
+            way_out = "leave it out, or name files"
+            raise CompressError("--images", "a run is verified on its own evaluation images", way_out)
+        loaded, product, data = pipeline.open_run(paths[0], progress, Path.cwd())
+        stage = next((s for s in reversed(loaded.stages) if isinstance(s, Verify)), Verify(use="verify"))
+        changes = {"threads": threads} | ({} if tolerance_lsb is None else {"tolerance_lsb": tolerance_lsb})
+        found = stage.model_copy(update=changes).verify(product, data, progress, limit)
+    else:
+        tolerances = Tolerances() if tolerance_lsb is None else Tolerances(lsb=tolerance_lsb)
+        found = verify_files(
+            paths, images=images, limit=limit, threads=threads, tolerances=tolerances, seed=seed, progress=progress
+        )
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=1))
+    else:
+        for rows in tables(found):
+            table = Table(*rows.columns, title=escape(rows.title), title_justify="left")
+            for row in rows.rows:
+                table.add_row(*map(escape, row))
+            output.print(table)
+        for line in headline(found):
+            output.print(line, highlight=False, markup=False, soft_wrap=True)
+    if not found.passed:
+        raise GateError("verify", found.reason)
+
+
+@app.command()
 def bench(
     files: Annotated[
         list[Path],
@@ -186,9 +239,7 @@ def doctor(
     classes: Annotated[
         int | None, typer.Option(min=2, help="Outputs, for a factory; default: those its network has.")
     ] = None,
-    measure: Annotated[
-        bool, typer.Option(help="Time single layers and rewritten activations on this machine.")
-    ] = True,
+    measure: Annotated[bool, typer.Option(help="Time single layers and rewritten activations on this machine.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything found as JSON.")] = False,
 ) -> None:
     """Say what int8 will do to a network before it is trained; exit status 1 if it cannot be quantized or exported."""

@@ -93,6 +93,21 @@ def run_recipe(
         return Outcome(folder, ran, resumed)
 
 
+def open_run(folder: Path, progress: Progress, base: Path) -> tuple[Recipe, Product, Data]:
+    """Recipe, last product and data of a run's folder. Raises CompressError where nothing was exported."""
+    facts = manifest.read_json(folder / "run.json")
+    places = (folder / "stages" / name / manifest.NAME for name in sorted(facts.get("stages", [])))
+    finished = [found for place in places if (found := manifest.read_json(place))]
+    if not finished:
+        raise CompressError(folder, "not a run with a finished stage", "give the folder that `compress run` wrote")
+    refs = finished[-1]["product"]
+    if not refs["files"]:
+        raise CompressError(folder, "has no exported files", "add `export` to the recipe's stages")
+    loaded = recipes.load(folder / "recipe.yaml", [])
+    data = open_data(loaded.data, loaded.preprocess, progress, base, facts["data"]["fingerprint"])
+    return loaded, _load_product(folder, refs), data
+
+
 @dataclass
 class Notes:
     """Passes notes on and keeps them for the manifest of the stage that runs."""

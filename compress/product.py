@@ -101,6 +101,16 @@ class Batch:
     """float32, normalised; in memory as `Data.channels_last` says."""
     labels_N: Tensor
     """int64."""
+    indices_N: Tensor | None = None
+    """int64: which images of the split these are; None where the data does not number them."""
+    view: int = 0
+    """Which augmentation of its images this is: the same images and view are the same pixels."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on `device`."""
+        indices_N = None if self.indices_N is None else self.indices_N.to(device, non_blocking=True)
+        images_NCHW = self.images_NCHW.to(device, non_blocking=True)
+        return Batch(images_NCHW, self.labels_N.to(device, non_blocking=True), indices_N, self.view)
 
 
 Split = Literal["train", "evaluation"]
@@ -143,8 +153,11 @@ class Data(Protocol):
         limit: int | None = None,
         rank: int = 0,
         world_size: int = 1,
+        view: int | None = None,
     ) -> Iterable[Batch]:
         """Batches on the CPU. Same seed and epoch: same images and same augmentation, whatever the number of workers.
+
+        The augmentation is drawn anew for each epoch, or for each `view` where one is given.
 
         With `shuffle`, incomplete batches are dropped (never all of them: a split smaller than a batch gives a smaller
         one); without, every image comes exactly once. `limit` takes that many images, chosen by `seed` and spread

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
 import math
+import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -67,13 +70,36 @@ def learning_rate(step: int, *, total: int, warmup: int, peak: float) -> float:
 
 
 def fit(
-    module: nn.Module, *, loss: Loss, run: Run, settings: Fit, label: str
+    module: nn.Module,
+    *,
+    loss: Loss,
+    run: Run,
+    settings: Fit,
+    label: str,
+    views: int | None = None,
+    after: tuple[float, Callable[[nn.Module], None]] | None = None,
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
     """A trained copy of `module` (CPU, eval mode) and one entry per epoch: epoch, loss, lr, seconds.
+
+    Augmentations repeat after `views` epochs, or never. `after` is a part of the training in [0, 1] and what is done to
+    the network once that many of its steps are over; it may stop parameters from being trained.
 
     Runs alone or, where torch.distributed is initialised, as one of `run.world_size` processes that share each batch.
     Raises TrainingError at the first loss that is not finite, naming `label`, epoch and step.
     """
+    with memory_kept():
+        return _fit(module, loss, run, settings, label, views, after)
+
+
+def _fit(
+    module: nn.Module,
+    loss: Loss,
+    run: Run,
+    settings: Fit,
+    label: str,
+    views: int | None,
+    after: tuple[float, Callable[[nn.Module], None]] | None,
+) -> tuple[nn.Module, list[dict[str, Any]]]:
     student = copy.deepcopy(module)
     if settings.epochs == 0:
         return student.eval(), []
@@ -102,16 +128,16 @@ def fit(
             epoch=epoch,
             rank=run.rank,
             world_size=run.world_size,
+            view=epoch % views if views else None,
         )
 
     steps = max(1, run.data.count("train") // run.world_size // per_process)
     total = steps * settings.epochs
     warmup = min(round(steps * settings.warmup_epochs), total // 2)
-    optimizer = _optimizer(student, settings)
+    optimizer = optimizer_of(student, settings, run.device)
     average = AveragedModel(student, multi_avg_fn=_ema(settings.ema), use_buffers=True) if settings.ema else None
-    wrapped: nn.Module = student
-    if run.world_size > 1:
-        wrapped = DistributedDataParallel(student, device_ids=[run.device] if run.device.type == "cuda" else None)
+    wrapped = _wrapped(student, run)
+    change_at = round(after[0] * total) if after else None
 
     history: list[dict[str, Any]] = []
     step = 0
@@ -122,11 +148,11 @@ def fit(
                 lr = learning_rate(step, total=total, warmup=warmup, peak=settings.lr)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                on_device = Batch(
-                    batch.images_NCHW.to(run.device, non_blocking=True),
-                    batch.labels_N.to(run.device, non_blocking=True),
-                )
-                value = loss(wrapped, on_device)
+                if after and step == change_at:
+                    optimizer.zero_grad(set_to_none=True)
+                    after[1](student)
+                    wrapped = _wrapped(student, run)  # it must know anew which gradients to wait for
+                value = loss(wrapped, batch.to(run.device))
                 loss_now = processes.mean(value.item(), run.device)
                 if not math.isfinite(loss_now):
                     raise TrainingError(
@@ -215,15 +241,46 @@ def _freeze_statistics(module: nn.Module, trained: set[str]) -> None:
             child.eval()
 
 
-def _optimizer(module: nn.Module, settings: Fit) -> torch.optim.Optimizer:
+def _wrapped(student: nn.Module, run: Run) -> nn.Module:
+    if run.world_size == 1:
+        return student
+    return DistributedDataParallel(student, device_ids=[run.device] if run.device.type == "cuda" else None)
+
+
+@contextlib.contextmanager
+def memory_kept() -> Iterator[None]:
+    """Lets the process keep memory that it frees, until the end; changes nothing where the C library is not glibc.
+
+    glibc hands blocks of 32 MB and more back at once, and the system clears each page of the next one: writing a new
+    tensor of 57 MB then takes 27 ms instead of 5.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        yield
+        return
+    c = ctypes.CDLL(None)
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # malloc.h
+    c.mallopt(mmap_max, 0)
+    c.mallopt(trim_threshold, 2**31 - 1)
+    try:
+        yield
+    finally:
+        c.mallopt(mmap_max, 65536)  # the default; the other two are where glibc's own adjustment ends
+        c.mallopt(mmap_threshold, 32 * 2**20)
+        c.mallopt(trim_threshold, 64 * 2**20)
+        c.malloc_trim(0)
+
+
+def optimizer_of(module: nn.Module, settings: Fit, device: torch.device) -> torch.optim.Optimizer:
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    # One pass over all of a parameter's state instead of five to twelve.
+    fused = device.type in ("cpu", "cuda") or None
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.lr)
-    return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True)
+        return torch.optim.AdamW(groups, lr=settings.lr, fused=fused)
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True, fused=fused)
 
 
 def _ema(decay: float) -> Callable[[Any, Any, Any], None]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ from torch.nn import functional as F
 
 from compress.pipeline import Silent
 from compress.product import Batch, Network, Preprocess, Product, Run, Structure
+from compress.stages.export import Export
+from compress.stages.quantize import Quantize
 
 PREPROCESS = Preprocess(size=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop=1.0)
 
@@ -80,7 +84,18 @@ class Stripes:
         return len(self.splits[split][1])
 
     def batches(
-        self, split, *, batch_size, augment=False, shuffle=False, seed=0, epoch=0, limit=None, rank=0, world_size=1
+        self,
+        split,
+        *,
+        batch_size,
+        augment=False,
+        shuffle=False,
+        seed=0,
+        epoch=0,
+        limit=None,
+        rank=0,
+        world_size=1,
+        view=None,
     ) -> Iterator[Batch]:
         images, labels = self.splits[split]
         order = torch.arange(len(labels))
@@ -89,7 +104,8 @@ class Stripes:
         order = order[:limit][rank::world_size]
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            yield Batch(images[chosen].contiguous(memory_format=torch.channels_last), labels[chosen])
+            images_NCHW = images[chosen].contiguous(memory_format=torch.channels_last)
+            yield Batch(images_NCHW, labels[chosen], chosen, epoch if view is None else view)
 
 
 @pytest.fixture
@@ -108,3 +124,35 @@ def run(stripes: Stripes, tmp_path: Path) -> Run:
 def product() -> Product:
     structure = Structure(model={"use": "tests:none"}, num_classes=5, preprocess=PREPROCESS)
     return Product(Network(randomized(SmallNet()), structure))
+
+
+# An int8 network exported once, and copies of its files to tamper with.
+SHARED = Path(__file__).parents[1].parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def once() -> dict:
+    return {}
+
+
+@pytest.fixture
+def exported(once, product, run, tmp_path_factory):
+    """parent and int8, as ONNX and TFLite, in the test's own folder."""
+    if not once:
+        elsewhere = replace(run, folder=tmp_path_factory.mktemp("exported"))
+        quantized = Quantize(use="quantize", epochs=0, calibration_images=64).apply(product, elsewhere)
+        once["product"] = Export(use="export").apply(quantized, elsewhere)
+    made = once["product"]
+    files = {name: run.folder / name for name in made.files}
+    for name, path in files.items():
+        shutil.copy(made.files[name], path)
+    return replace(made, files=files)
+
+
+@pytest.fixture
+def mlperf() -> Path:
+    """Reference models of MLPerf Tiny, which nobody here wrote."""
+    folder = SHARED / "mlperf_tiny"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not on this machine")
+    return folder

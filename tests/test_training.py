@@ -1,6 +1,9 @@
 import copy
 import itertools
 import math
+import platform
+import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ from conftest import SmallNet, randomized
 from torch import nn
 
 from compress.errors import ModelError, TrainingError
-from compress.training import Fit, fit, labels_loss, learning_rate, reestimated_batchnorm
+from compress.training import Fit, fit, labels_loss, learning_rate, memory_kept, reestimated_batchnorm
 
 LOSS = labels_loss()
 
@@ -138,3 +141,91 @@ def test_batchnorm_statistics_are_those_of_the_images(run):
     torch.testing.assert_close(again.stem_bn.running_var, features.var((0, 2, 3)))
     assert again.stem_bn.momentum == module.stem_bn.momentum
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), module.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_step_is_the_textbooks(run, optimizer):
+    """One step from rest on the whole split, computed by hand from the gradients (channels_last weights included)."""
+    module = randomized(SmallNet())
+    one = settings(epochs=1, batch_size=64, warmup_epochs=0, lr=0.1, optimizer=optimizer, weight_decay=0.01)
+    one = one.model_copy(update={"clip_norm": None})
+    found: dict[str, torch.Tensor] = {}
+
+    def loss(student, batch):
+        torch.manual_seed(1)  # dropout
+        value = LOSS(student, batch)
+        names = [name for name, _ in student.named_parameters()]
+        found.update(zip(names, torch.autograd.grad(value, list(student.parameters())), strict=True))
+        torch.manual_seed(1)
+        return LOSS(student, batch)
+
+    trained, _ = fit(module, loss=loss, run=run, settings=one, label="x")
+    for name, start in module.named_parameters():
+        decay = 0.01 if start.ndim > 1 else 0.0
+        if optimizer == "sgd":  # Nesterov's first step: gradient + 0.9 x gradient
+            expected = start - 0.1 * 1.9 * (found[name] + decay * start)
+        else:  # Adam's first step is the gradient's sign
+            expected = start * (1 - 0.1 * decay) - 0.1 * found[name] / (found[name].abs() + 1e-8)
+        torch.testing.assert_close(trained.get_parameter(name), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_what_is_stopped_in_mid_training_moves_no_more(run):
+    """4 steps an epoch: after half of 2 epochs, one epoch has moved it."""
+    module = randomized(SmallNet())
+    seen: list[torch.Tensor] = []
+
+    def watching(student, batch):
+        seen.append(student.head.weight.detach().clone())
+        return LOSS(student, batch)
+
+    stopped, _ = fit(
+        module,
+        loss=watching,
+        run=run,
+        settings=settings(),
+        label="x",
+        after=(0.5, lambda n: n.head.requires_grad_(False)),
+    )
+    assert [not torch.equal(a, b) for a, b in itertools.pairwise([*seen, stopped.head.weight])] == [True] * 4 + [
+        False
+    ] * 4
+    assert not torch.equal(stopped.point.weight, module.point.weight)
+    assert all(parameter.requires_grad for parameter in stopped.parameters())
+
+
+def test_views_repeat_and_epochs_without_them_do_not(run):
+    for views, expected in ((None, [0, 1, 2, 3, 4]), (2, [0, 1, 0, 1, 0])):
+        seen = []
+
+        def watching(student, batch, seen=seen):
+            seen.append(batch.view)
+            return LOSS(student, batch)
+
+        fit(randomized(SmallNet()), loss=watching, run=run, settings=settings(epochs=5), label="x", views=views)
+        assert seen[::4] == expected
+        assert len(seen) == 20
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_freed_memory_is_kept_for_the_next_tensor_and_given_back_at_the_end():
+    """Faults of pages that the process got for its tensors: few once memory is kept; the memory is gone afterwards."""
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(4):
+            torch.ones(12 * 2**20)  # 48 MB, 12,288 pages
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    before = resident()
+    with memory_kept():
+        faults()
+        assert faults() < 6_000
+    assert resident() - before < 6_000
+
+
+def test_it_gives_memory_back_after_an_error():
+    with pytest.raises(ZeroDivisionError), memory_kept():
+        1 / 0  # noqa: B018

@@ -65,22 +65,24 @@ class ImageData:
         limit: int | None = None,
         rank: int = 0,
         world_size: int = 1,
+        view: int | None = None,
     ) -> Iterable[Batch]:
         """See `compress.product.Data`."""
         images = self._images(split)
+        drawn = epoch if view is None else view
         chosen_N = spread(images.classes, limit, seed)
         groups = shares(chosen_N, batch_size, shuffle=shuffle, seed=seed, epoch=epoch, rank=rank, world_size=world_size)
 
         def load(indices: np.ndarray) -> Batch:
             pixels_NHWC = np.empty((len(indices), self.preprocess.size, self.preprocess.size, 3), np.uint8)
             for row, index in zip(pixels_NHWC, indices.tolist(), strict=True):
-                row[:] = self._augmented(images, index, seed, epoch) if augment else self._exact(images, index)
+                row[:] = self._augmented(images, index, seed, drawn) if augment else self._exact(images, index)
             images_NHWC = torch.from_numpy(self.preprocess.normalize(pixels_NHWC))
             # Seen as NCHW, memory in the order NHWC is what torch calls channels_last.
             images_NCHW = images_NHWC.permute(0, 3, 1, 2)
             if not self.channels_last:
                 images_NCHW = images_NCHW.contiguous()
-            return Batch(images_NCHW, torch.from_numpy(images.classes[indices]))
+            return Batch(images_NCHW, torch.from_numpy(images.classes[indices]), torch.from_numpy(indices), drawn)
 
         return ahead(load, groups, self.workers)
 
@@ -90,9 +92,9 @@ class ImageData:
     def _exact(self, images: Images, index: int) -> np.ndarray:
         return pixels(images.read(index, None), self.preprocess)
 
-    def _augmented(self, images: Images, index: int, seed: int, epoch: int) -> np.ndarray:
+    def _augmented(self, images: Images, index: int, seed: int, view: int) -> np.ndarray:
         # numpy pads seeds with zeros: (seed, epoch) of the shuffle is (seed, epoch, 0), hence the + 1.
-        rng = np.random.default_rng((seed, epoch, index + 1))
+        rng = np.random.default_rng((seed, view, index + 1))
         enough = int(self.preprocess.size / self.augment.smallest_part) + 1
         return self.augment(images.read(index, enough), self.preprocess, rng)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,7 +103,8 @@ def freeze(prepared: fx.GraphModule) -> Frozen:
     names: set[str] = set()
 
     def unused(name: str) -> str:
-        candidate = next(n for n in (name, *(f"{name}#{i}" for i in range(2, 10_000))) if n not in names)
+        numbered = (f"{name}#{i}" for i in itertools.count(2))
+        candidate = next(n for n in itertools.chain((name,), numbered) if n not in names)
         names.add(candidate)
         return candidate
 
@@ -113,7 +115,8 @@ def freeze(prepared: fx.GraphModule) -> Frozen:
         if isinstance(kind, ActivationQuantizer):
             scale, zero_point = kind.grid()
             averaged = node.args[0]
-            if averaged.op in CALLS and is_in(kind_of(averaged, modules), (*AVERAGE, *INTERPOLATE)):
+            computes = averaged not in grids and averaged.op in CALLS
+            if computes and is_in(kind_of(averaged, modules), (*AVERAGE, *INTERPOLATE)):
                 scale = _without_ties(scale, grids.get(averaged.all_input_nodes[0]))
             grids[node] = _add_grid(module, node, Grid(unused(kind.layer), scale, zero_point))
         elif isinstance(kind, QUANTIZED):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +61,8 @@ def named(graph_module: fx.GraphModule) -> Named:
         if source is not None and alone and not any(is_in(kinds[source], table) for table in (REARRANGE, PAD, PASS)):
             name, results[source] = results[source], f"{results[source]}/linear"
             used.discard(name)
-        unique = next(n for n in (name, *(f"{name}#{i}" for i in range(2, 10_000))) if n not in used)
+        numbered = (f"{name}#{i}" for i in itertools.count(2))
+        unique = next(n for n in itertools.chain((name,), numbered) if n not in used)
         used.add(unique)
         results[node], kinds[node] = unique, kind
         paths[node] = str(node.target) if node.op == "call_module" else f"{CALLED}.{node.name}"

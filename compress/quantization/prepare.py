@@ -58,14 +58,14 @@ class Quantization(Settings):
     step_size: Literal["learned", "minmax"] = "learned"
     """`learned` trains the grids (LSQ); `minmax` lets them follow the extremes of weights and activations."""
     learn_activations: bool = True
-    """With `step_size: learned`, train scales and zero points of activations, not only scales of weights."""
+    """Let activations' grids move in training; false leaves them where calibration put them."""
     keep_float: tuple[str, ...] = ()
     """Layers that stay float32 in the int8 files: names, with `*` (`classifier.*`), or `re:` and a regular expression
     that matches from the name's beginning (`re:features\\.1[0-7]`)."""
     rewrite_activations: bool = False
     """Hard-swish becomes ReLU6 and hard-sigmoid the sigmoid, which int8 kernels know; needs training (`epochs`)."""
     equalize: bool = False
-    """Cross-layer equalization of weights around depthwise convolutions."""
+    """Cross-layer equalization: the function stays the same, so layers around a ReLU6 are left alone."""
     weight_bits: int = Field(default=8, ge=2, le=8)
     """Below 8 the network is simulated in training and no int8 file is written."""
     activation_bits: int = Field(default=8, ge=2, le=8)
@@ -210,7 +210,7 @@ class _Grids:
             self._insert(node, ActivationQuantizer("input", fixed=_input_grid(self.preprocess)))
             return
         learned = settings.step_size == "learned" and settings.learn_activations
-        follows = settings.step_size == "minmax"
+        follows = settings.step_size == "minmax" and settings.learn_activations
         bits = 8 if how.get("fixed") else settings.activation_bits
         self._insert(node, ActivationQuantizer(layer, learned=learned, follows=follows, bits=bits, **how))
 

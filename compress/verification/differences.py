@@ -1,0 +1,102 @@
+"""How far two results of one network are apart: in steps of a grid, relative to the largest number, in decibels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+HUGE = 1e30
+"""In place of differences that are no numbers, which JSON does not have."""
+
+Pair = dict[str, Any]
+"""One entry of the report: names `a` and `b`, measures, `verdict` (PASS or FAIL) and, where it failed, `reason`."""
+
+
+def compare_classes(a: str, b: str, logits_a: np.ndarray, logits_b: np.ndarray, tolerance: float) -> Pair:
+    """How many images two results (N, K) put into different classes. One alone is no evidence, unless none may be."""
+    same = top1_agreement(logits_a, logits_b)
+    moved = round((1 - same) * len(logits_a))
+    passed = moved <= tolerance * len(logits_a) or (moved == 1 and tolerance > 0)
+    return {
+        "a": a,
+        "b": b,
+        "top1_agreement": same,
+        "sqnr_db": finite(sqnr_db(logits_a, logits_b)),
+        "verdict": "PASS" if passed else "FAIL",
+        "reason": "" if passed else f"{a} and {b} differ in the class of {1 - same:.1%} of images",
+    }
+
+
+def compare_steps(a: str, b: str, steps_a: np.ndarray, steps_b: np.ndarray, tolerance_lsb: int) -> Pair:
+    """How far two int8 results (N, K) are apart, as whole numbers of the output's grid."""
+    difference = np.abs(steps_a.astype(np.int64) - steps_b.astype(np.int64))
+    largest = int(difference.max())
+    passed = largest <= tolerance_lsb
+    return {
+        "a": a,
+        "b": b,
+        "logits": int(difference.size),
+        "differing": int((difference > 0).sum()),
+        "max_lsb": largest,
+        "histogram": histogram(difference),
+        "top1_agreement": top1_agreement(steps_a, steps_b),
+        "worst_image": int(per_image(difference).argmax()),
+        "verdict": "PASS" if passed else "FAIL",
+        "reason": "" if passed else f"{a} and {b} differ by {largest} LSB, allowed {tolerance_lsb}",
+    }
+
+
+def compare_floats(a: str, b: str, logits_a: np.ndarray, logits_b: np.ndarray, tolerance: float) -> Pair:
+    """How far two float results (N, K) are apart, relative to the largest logit of `a`."""
+    difference = np.nan_to_num(np.abs(logits_a - logits_b), nan=HUGE, posinf=HUGE)
+    largest = float(difference.max())
+    relative = largest / max(float(np.nan_to_num(np.abs(logits_a), posinf=HUGE).max()), 1e-12)
+    passed = relative <= tolerance
+    return {
+        "a": a,
+        "b": b,
+        "logits": int(logits_a.size),
+        "max_abs": largest,
+        "max_relative": relative,
+        "top1_agreement": top1_agreement(logits_a, logits_b),
+        "worst_image": int(per_image(difference).argmax()),
+        "verdict": "PASS" if passed else "FAIL",
+        "reason": "" if passed else f"{a} and {b} differ by {relative:.2g} of the largest logit, allowed {tolerance:g}",
+    }
+
+
+def top1_agreement(logits_a: np.ndarray, logits_b: np.ndarray) -> float:
+    """Part of the images for which both have their largest logit in the same place; ties go to the lower index."""
+    return float((_rows(logits_a).argmax(1) == _rows(logits_b).argmax(1)).mean())
+
+
+def sqnr_db(exact: np.ndarray, rounded: np.ndarray) -> float:
+    """10 log10(sum x^2 / sum (x - q)^2): the signal over what quantization added; infinite where nothing differs."""
+    exact, rounded = exact.astype(np.float64), rounded.astype(np.float64)
+    noise = float(((exact - rounded) ** 2).sum())
+    signal = float((exact**2).sum())
+    if noise == 0:
+        return float("inf")
+    return float(10 * np.log10(signal / noise)) if signal > 0 else float("-inf")
+
+
+def finite(decibels: float) -> float | None:
+    """For JSON: None where nothing differs (or there is no signal)."""
+    return decibels if np.isfinite(decibels) else None
+
+
+def histogram(difference: np.ndarray) -> dict[str, int]:
+    """How many values differ by how many steps."""
+    sizes, counts = np.unique(difference, return_counts=True)
+    return {str(size): int(count) for size, count in zip(sizes, counts, strict=True)}
+
+
+def per_image(difference: np.ndarray) -> np.ndarray:
+    """The largest difference of each image, (N,)."""
+    largest: np.ndarray = _rows(difference).max(1)
+    return largest
+
+
+def _rows(values: np.ndarray) -> np.ndarray:
+    return values.reshape(len(values), -1)
