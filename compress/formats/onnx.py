@@ -1,9 +1,13 @@
-"""ONNX files, written by torch.onnx.export; for int8, the integers of the frozen network replace its float weights."""
+"""ONNX files: of convolutional networks by a table of operators, of all others by torch.onnx.export.
+
+With the latter, the integers of a frozen network replace the float weights afterwards.
+"""
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -14,13 +18,12 @@ import onnx
 import onnx_ir as ir
 import torch
 from torch import fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
 
 from compress.errors import ModelError
+from compress.formats.convolutional import OPSET, NotInTableError, float_model, frozen_model
 from compress.quantization import Frozen, Grid, Integers
-from compress.quantization.names import named
-
-OPSET = 18
-"""onnxruntime 1.31 fails on type agreement at full optimization with the quantize operators of opset 21."""
+from compress.quantization.names import named, value_names
 
 
 def float_onnx(module: nn.Module, input_size: int, metadata: Mapping[str, str]) -> onnx.ModelProto:
@@ -31,6 +34,10 @@ def float_onnx(module: nn.Module, input_size: int, metadata: Mapping[str, str]) 
     """
     if not isinstance(module, fx.GraphModule):
         return _finish(_export(module, input_size), metadata)
+    with contextlib.suppress(NotInTableError):
+        shaped = copy.deepcopy(module)
+        ShapeProp(shaped).propagate(torch.zeros(1, 3, input_size, input_size))
+        return _described(float_model(shaped, value_names(shaped), input_size), metadata)
     layers = named(module)
     model = _export(layers.module, input_size)
     _name_values(model, layers.values)
@@ -43,6 +50,8 @@ def int8_onnx(frozen: Frozen, input_size: int, metadata: Mapping[str, str]) -> o
     Quantized tensors are named for the layer that made them (`features.0.0`), so that runtimes can be compared layer by
     layer. Input and output stay float32.
     """
+    with contextlib.suppress(NotInTableError):
+        return _described(frozen_model(frozen, input_size), metadata)
     model = _export(frozen.module, input_size)
     _name_grids(model, frozen.grids())
     for layer, integers in frozen.integers.items():
@@ -189,6 +198,10 @@ def _finish(model: ir.Model, metadata: Mapping[str, str]) -> onnx.ModelProto:
         node.ClearField("doc_string")
     for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output):
         value.ClearField("metadata_props")
+    return _described(proto, metadata)
+
+
+def _described(proto: onnx.ModelProto, metadata: Mapping[str, str]) -> onnx.ModelProto:
     onnx.helper.set_model_props(proto, dict(metadata))
     onnx.checker.check_model(proto, full_check=True)
     return proto

@@ -125,7 +125,9 @@ def freeze(prepared: fx.GraphModule) -> Frozen:
             integers[node.target] = layer[1]
             if isinstance(kind, QuantizedConv2d) and any(kind.pads):
                 with module.graph.inserting_before(node):
-                    node.args = (module.graph.call_function(F.pad, (node.args[0], kind.pads)),)
+                    padded = module.graph.call_function(F.pad, (node.args[0], kind.pads))
+                padded.meta = dict(node.args[0].meta)
+                node.args = (padded,)
         elif is_tensor(node) and node.all_input_nodes and node.all_input_nodes[0] in grids:
             was = grids[node.all_input_nodes[0]]
             if role_of(node, modules, set()) is not Role.MOVE:

@@ -39,44 +39,49 @@ class Named:
     """Path of the module and name of its result, in the order of execution."""
 
 
-def named(graph_module: fx.GraphModule) -> Named:
-    """The network with a name for each of its values: the layer that made it, as `freeze` calls the grids.
+def value_names(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
+    """A name for the result of each call: the layer that made it, as `freeze` calls the grids.
 
     A rectifier's result has the name of the layer before it, if nothing else reads that layer's.
     """
-    copied = copy.deepcopy(graph_module)
-    modules = dict(copied.named_modules())
-    copied.add_submodule(CALLED, nn.Module())
+    modules = dict(graph_module.named_modules())
     used: set[str] = set()
-    results: dict[fx.Node, str] = {}
-    paths: dict[fx.Node, str] = {}
-    kinds: dict[fx.Node, Any] = {}
-    for node in list(copied.graph.nodes):
+    names: dict[fx.Node, str] = {}
+    for node in graph_module.graph.nodes:
         if node.op not in CALLS:
             continue
-        kind = kind_of(node, modules)
         name = layer_name(node)
         source = node.all_input_nodes[0] if node.all_input_nodes else None
-        alone = source in results and rectifier(node, modules) is not None and len(source.users) == 1
-        if source is not None and alone and not any(is_in(kinds[source], table) for table in (REARRANGE, PAD, PASS)):
-            name, results[source] = results[source], f"{results[source]}/linear"
-            used.discard(name)
+        alone = source in names and rectifier(node, modules) is not None and len(source.users) == 1
+        if source is not None and alone:
+            before = kind_of(source, modules)
+            if not any(is_in(before, table) for table in (REARRANGE, PAD, PASS)):
+                name, names[source] = names[source], f"{names[source]}/linear"
+                used.discard(name)
         numbered = (f"{name}#{i}" for i in itertools.count(2))
-        unique = next(n for n in itertools.chain((name,), numbered) if n not in used)
-        used.add(unique)
-        results[node], kinds[node] = unique, kind
-        paths[node] = str(node.target) if node.op == "call_module" else f"{CALLED}.{node.name}"
+        names[node] = next(n for n in itertools.chain((name,), numbered) if n not in used)
+        used.add(names[node])
+    return names
+
+
+def named(graph_module: fx.GraphModule) -> Named:
+    """The network with functions and methods as modules, and the names of all results; see `value_names`."""
+    copied = copy.deepcopy(graph_module)
+    names = value_names(copied)
+    copied.add_submodule(CALLED, nn.Module())
+    values = []
+    for node, name in names.items():
+        path = str(node.target)
         if node.op != "call_module" and not _asks_size(node):
-            copied.get_submodule(CALLED).add_module(node.name, Call(node.op, kind))
+            path = f"{CALLED}.{node.name}"
+            copied.get_submodule(CALLED).add_module(node.name, Call(node.op, node.target))
             with copied.graph.inserting_before(node):
-                call = copied.graph.call_module(f"{CALLED}.{node.name}", node.args, node.kwargs)
+                call = copied.graph.call_module(path, node.args, node.kwargs)
             node.replace_all_uses_with(call)
             copied.graph.erase_node(node)
-            for known in (results, paths, kinds):
-                known[call] = known.pop(node)
+        values.append((path, name))
     copied.recompile()
-    order = [node for node in copied.graph.nodes if node in results]
-    return Named(copied.eval(), [(paths[node], results[node]) for node in order])
+    return Named(copied.eval(), values)
 
 
 def _asks_size(node: fx.Node) -> bool:
