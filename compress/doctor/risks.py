@@ -144,7 +144,7 @@ def activation_risks(prepared: fx.GraphModule, images_NCHW: Tensor, pairs: Pairs
     handles = []
     with rounding_only(prepared), torch.inference_mode():
         for quantizer in quantizers(prepared).values():
-            if quantizer.fixed is None and not quantizer.owner:
+            if quantizer.fixed is None:
                 look = functools.partial(_look, found=found, pairs=pairs)
                 handles.append(quantizer.register_forward_hook(look))
         try:

@@ -157,15 +157,15 @@ def calibrate(
 ) -> None:
     """Places every grid by its tensor's values in float arithmetic; changes `graph_module` in place.
 
-    Grids that are fixed (the input's) or another tensor's stay. Raises ModelError for values that are not finite.
+    Grids that are fixed, as the input's, stay. Raises ModelError for values that are not finite.
     """
-    quantizers = [m for m in graph_module.modules() if isinstance(m, ActivationQuantizer) and m.layer != "input"]
-    observed = {quantizer: Histogram() for quantizer in quantizers if quantizer.observes}
+    quantizers = [m for m in graph_module.modules() if isinstance(m, ActivationQuantizer) and m.fixed is None]
+    observed = {quantizer: Histogram() for quantizer in quantizers}
     hooks = [q.register_forward_hook(_watch(histogram, method)) for q, histogram in observed.items()]
     was_training = graph_module.training
     graph_module.eval().to(device)
     for quantizer in quantizers:
-        quantizer.calibrating, quantizer.observes = True, False
+        quantizer.calibrating = True
         quantizer.batches.zero_()
         quantizer.extremes.zero_()
     try:
@@ -176,7 +176,7 @@ def calibrate(
         for hook in hooks:
             hook.remove()
         for quantizer in quantizers:
-            quantizer.calibrating, quantizer.observes = False, quantizer in observed
+            quantizer.calibrating = False
     for quantizer, histogram in observed.items():
         if method == "percentile":
             quantizer.set_range(*percentile_range(histogram, percentile))

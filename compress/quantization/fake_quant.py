@@ -105,9 +105,9 @@ def _flat(x: Tensor) -> Tensor:
 class ActivationQuantizer(nn.Module):
     """Rounds a tensor to its grid in the forward pass and passes gradients to the tensor and to the grid.
 
-    While `calibrating`, it lets tensors pass and averages their extremes over batches. `nonnegative` is for what
-    comes out of a ReLU: the zero point is the lowest step, so that the grid itself does the clipping, and `limit` (6
-    for ReLU6) bounds its upper end likewise; no rectifier is needed in front of it.
+    While `calibrating`, it lets tensors pass, clipped as a rectifier would. `nonnegative` is for what comes out of a
+    ReLU: the zero point is the lowest step, so that the grid itself does the clipping, and `limit` (6 for ReLU6) bounds
+    its upper end likewise; no rectifier is needed in front of it.
 
     A grid is `learned`, or `follows` a moving average of the extremes while training, or (neither) stays where
     calibration put it, or is `fixed` at (scale, zero point), where calibration does not move it either.
@@ -123,18 +123,14 @@ class ActivationQuantizer(nn.Module):
         follows: bool = False,
         bits: int = 8,
         fixed: tuple[float, int] | None = None,
-        owner: ActivationQuantizer | None = None,
     ):
         super().__init__()
         self.layer, self.nonnegative, self.limit, self.bits, self.fixed = layer, nonnegative, limit, bits, fixed
         self.last = largest_step(bits)
         self.follows = follows and not learned and fixed is None
-        self.calibrating, self.observes, self.held = False, fixed is None and owner is None, False
-        self.owner = (owner,) if owner else ()
+        self.calibrating, self.held = False, False
         self.register_buffer("extremes", torch.zeros(2))
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))
-        if owner:
-            return
         learned = learned and fixed is None
         scale, zero_point = fixed or (1.0, 0)
         self._set("log_scale", torch.tensor([math.log(scale)]), learned)
@@ -146,8 +142,6 @@ class ActivationQuantizer(nn.Module):
     batches: Tensor
     held: bool
     """Training leaves the grid where it is; see `hold_grids`."""
-    owner: tuple[ActivationQuantizer] | tuple[()]
-    """The quantizer whose grid this one uses; in a tuple, so that it is no part of this module."""
 
     def _set(self, name: str, value: Tensor, learned: bool) -> None:
         if learned:
@@ -158,8 +152,6 @@ class ActivationQuantizer(nn.Module):
     @property
     def scale(self) -> Tensor:
         """Shape (1,); with a `limit`, never so large that the grid passes it."""
-        if self.owner:
-            return self.owner[0].scale
         if self.fixed:
             return self.log_scale.new_tensor([self.fixed[0]])  # exp(log(s)) would be off by an ulp
         scale = self.log_scale.exp()
@@ -167,8 +159,6 @@ class ActivationQuantizer(nn.Module):
 
     def grid(self) -> tuple[float, int]:
         """The scale (a float32 value) and the zero point in 0..2**bits - 1: those of the exported files."""
-        if self.owner:
-            return self.owner[0].grid()
         zero_point = int(torch.round(self.zero_point.detach()).clamp(0, self.last))
         return float(self.scale.detach()), zero_point
 
@@ -188,23 +178,17 @@ class ActivationQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.calibrating:
-            x = x.clamp(0.0, self.limit) if self.nonnegative else x
-            if self.observes:
-                with torch.no_grad():
-                    self.batches += 1
-                    self._observe(x, 1.0 / int(self.batches))
-            return x
-        if self.follows and self.training and self.observes and not self.held:
+            return x.clamp(0.0, self.limit) if self.nonnegative else x
+        if self.follows and self.training and not self.held:
             with torch.no_grad():
                 self.batches += 1
                 self._observe(x, 1.0 - MEMORY if self.batches > 1 else 1.0)
         scale, zero_point = self.grid()
-        own = self.owner[0] if self.owner else self
         gradient_scale = 1.0 / math.sqrt(x[0].numel() * self.last / 2)
         # At its limit, a scale cannot grow; without this, its logarithm would, and later take long to come back.
         pinned = self.limit is not None and scale >= np.float32(self.limit / self.last)
         fake: Tensor = _OnGrid.apply(
-            x, own.log_scale, own.zero_point, scale, zero_point, self.last, gradient_scale, pinned
+            x, self.log_scale, self.zero_point, scale, zero_point, self.last, gradient_scale, pinned
         )
         return fake
 
@@ -214,17 +198,6 @@ class ActivationQuantizer(nn.Module):
         low, high = self.extremes.tolist()
         self.set_range(low, high)
 
-    def again(self, layer: str) -> ActivationQuantizer:
-        """A quantizer of another tensor on this grid: it has no parameters of its own and no part in calibration."""
-        return ActivationQuantizer(
-            layer,
-            nonnegative=self.nonnegative,
-            limit=self.limit,
-            bits=self.bits,
-            fixed=self.fixed,
-            owner=self.owner[0] if self.owner else self,
-        )
-
     def extra_repr(self) -> str:
         return f"{self.layer}, nonnegative={self.nonnegative}, limit={self.limit}, bits={self.bits}, fixed={self.fixed}"
 
@@ -232,7 +205,7 @@ class ActivationQuantizer(nn.Module):
 def hold_grids(module: nn.Module, held: bool = True) -> None:
     """Lets training leave the grids of activations where they are, which makes its step faster, or no longer so."""
     for quantizer in module.modules():
-        if isinstance(quantizer, ActivationQuantizer) and not quantizer.owner:
+        if isinstance(quantizer, ActivationQuantizer):
             quantizer.held = held
             for value in (quantizer.log_scale, quantizer.zero_point):
                 if isinstance(value, nn.Parameter):

@@ -32,6 +32,14 @@ def rewrite_activations(graph_module: fx.GraphModule) -> list[str]:
     ]
 
 
+def hard_activations(graph_module: fx.GraphModule) -> list[str]:
+    """Names of the hard-swish and hard-sigmoid layers that `rewrite_activations` would change."""
+    modules = dict(graph_module.named_modules())
+    kinds = (*HARD_SWISH, *HARD_SIGMOID)
+    calls = [node for node in graph_module.graph.nodes if node.op in CALLS]
+    return [layer_name(node) for node in calls if is_in(kind_of(node, modules), kinds)]
+
+
 def _replace(graph_module: fx.GraphModule, kinds: tuple[object, ...], make: Callable[[], nn.Module]) -> list[str]:
     modules = dict(graph_module.named_modules())
     changed: list[str] = []

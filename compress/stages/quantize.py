@@ -14,6 +14,7 @@ from compress.quantization.bias_correction import correct_bias
 from compress.quantization.calibration import Method, calibrate_weights
 from compress.quantization.equalize import find_pairs
 from compress.quantization.fake_quant import hold_grids
+from compress.quantization.rewrite import hard_activations
 from compress.stages.distill import Distillation, objective
 from compress.stages.sample import sample
 from compress.training import Fit, fit, reestimated_batchnorm
@@ -21,6 +22,13 @@ from compress.training import Fit, fit, reestimated_batchnorm
 BATCH = 32
 BIAS_BATCHES = 4
 """Bias correction holds a layer's values of all its images in memory: 250 MB for MobileNetV2 at 96 px."""
+
+
+HARD_ACTIVATIONS = (
+    "{count} hard-swish and hard-sigmoid layers compute in float between conversions; `rewrite_activations: true` "
+    "makes them ReLU6 and the sigmoid before training (MobileNetV3-small at 224 px on an AMD EPYC: 1.3 to 1.5 times as "
+    "fast in ONNX Runtime, 1.1 to 1.2 times in LiteRT; `compress doctor` measures it for this network)"
+)
 
 
 class Quantize(Fit, Quantization):
@@ -75,6 +83,8 @@ class Quantize(Fit, Quantization):
             pairs = len(find_pairs(fold_batchnorm(module)))
             run.progress.note(f"{pairs} pairs of layers equalized; layers around a ReLU6 cannot be")
         prepared = prepare(module, self.quantization(), run.data.preprocess)
+        if floats := hard_activations(prepared):
+            run.progress.note(HARD_ACTIVATIONS.format(count=len(floats)))
         if self.weight_calibration == "mse":
             calibrate_weights(prepared)
         calibrate(prepared, batches, run.device, self.calibration, percentile=self.percentile)

@@ -141,7 +141,7 @@ def test_minmax_is_the_mean_of_the_extremes(stripes):
     graph.get_submodule("head").register_forward_hook(lambda *_: seen.append(_[2].aminmax()))
     for other in graph.modules():
         if isinstance(other, ActivationQuantizer) and other.layer != "input":
-            other.calibrating, other.observes = True, False
+            other.calibrating = True
     graph.eval()
     with torch.no_grad():
         for batch in stripes.batches("train", batch_size=16):
@@ -184,7 +184,7 @@ def test_least_squares_lose_less_than_extremes_where_tails_are_long(stripes):
         grid, seen = quantizer(graph, "down"), []
         for other in graph.modules():
             if isinstance(other, ActivationQuantizer) and other is not grid:
-                other.calibrating, other.observes = True, False
+                other.calibrating = True
         grid.register_forward_hook(lambda _, x, y, seen=seen: seen.append((y - x[0]).square().mean().item()))
         graph.eval()(images)
         errors[method] = seen[0]
@@ -192,22 +192,20 @@ def test_least_squares_lose_less_than_extremes_where_tails_are_long(stripes):
 
 
 @pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
-def test_fixed_and_shared_grids_stay_out_of_it(stripes, method):
+def test_fixed_grids_stay_out_of_it(stripes, method):
     class Grids(nn.Module):
         def __init__(self):
             super().__init__()
-            self.owner = ActivationQuantizer("owner")
-            self.shared, self.fixed = self.owner.again("shared"), ActivationQuantizer("fixed", fixed=(1 / 256, 0))
+            self.own, self.fixed = ActivationQuantizer("own"), ActivationQuantizer("fixed", fixed=(1 / 256, 0))
 
         def forward(self, x):
-            return self.fixed(self.shared(self.owner(x) * 10))
+            return self.fixed(self.own(x) * 10)
 
     grids = Grids()
     calibrate(grids, stripes.batches("train", batch_size=16), CPU, method)
     assert grids.fixed.grid() == (1 / 256, 0)
-    assert grids.shared.grid() == grids.owner.grid()
     largest = max(float(batch.images_NCHW.abs().max()) for batch in stripes.batches("train", batch_size=16))
-    assert grids.owner.scale.item() * 255 <= 2 * largest * 1.01
+    assert grids.own.scale.item() * 255 <= 2 * largest * 1.01
 
 
 def test_values_that_are_not_finite_are_refused_by_layer(stripes):

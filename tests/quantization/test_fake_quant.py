@@ -208,23 +208,6 @@ def test_held_grids_get_no_gradient_and_give_the_same_one_to_their_input():
     assert all(p.requires_grad for p in made.parameters())
 
 
-@pytest.mark.parametrize("learned", [True, False])
-def test_a_second_quantizer_of_a_grid_has_none_of_its_own(learned):
-    both = nn.ModuleList([ActivationQuantizer("x", learned=learned)])
-    both.append(both[0].again("y"))
-    copied = copy.deepcopy(both).double().float()  # replaces every buffer
-    copied[0].set_range(-2, 5)
-    assert copied[1].grid() == copied[0].grid() != both[1].grid()
-    assert list(copied[1].parameters()) == []
-    both.load_state_dict(copied.state_dict())
-    assert both[1].grid() == copied[0].grid()
-    x = torch.randn(4, 9)
-    assert torch.equal(both[1](x), both[0](x))
-    if learned:
-        first, second = (gradients(made, x, both[0].log_scale)[2] for made in both)
-        assert torch.equal(first, second)
-
-
 @settings(max_examples=15, deadline=None)
 @given(st.integers(2, 8), st.integers(0, 2**31))
 def test_gradients_of_weights_and_their_steps_are_the_papers(bits, seed):

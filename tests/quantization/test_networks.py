@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,9 +42,11 @@ FAST = (
     "unet_transposed",
     "vit",
     "shufflenet_v2",
+    "ghostnet",
+    "efficientnet_lite",
     "mixed",
 )
-"""One or more of each family; the others take about two minutes together."""
+"""One or more of each family; the others take about a minute together."""
 
 HARD_SIGMOID = {"ADD", "MUL"}
 SILU = {"LOGISTIC", "MUL"}
@@ -74,9 +77,21 @@ ISLANDS: dict[str, tuple[int, set[str]]] = {
 }
 """How many parts of the TFLite file compute in float, and with which operators; 0 where a network is not named."""
 
+UNCOUNTED = ("swin", "swin_unshifted")
+"""Windows are cut and joined in float, which ties islands together in ways that nobody counts by hand."""
+
 AMPLIFIED = 24
 """Steps of the logits. Untrained deep networks amplify: a value in the first layers that one runtime rounds otherwise
 moved the logits of MobileNetV2 by 19."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Layers as small as these take longer on two threads than on one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -229,12 +244,10 @@ def test_the_tflite_file_has_an_int8_kernel_for_every_layer_with_weights(name):
     assert {f"{layer}.weight" for layer in made.frozen.integers} <= stored
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name.values[0] not in UNCOUNTED])
 def test_what_computes_in_float_is_known(name):
     """Each island costs two conversions on the board, so that a new one should not go unseen."""
     expected_count, expected_kinds = ISLANDS.get(name, (0, set()))
-    if name.startswith("swin"):
-        pytest.skip("windows are cut and joined in float: their islands have no simple count")
     found = islands(exported(name).tflite)
     assert set().union(*found) - MOVES == expected_kinds
     assert len(found) == expected_count

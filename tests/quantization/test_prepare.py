@@ -70,7 +70,7 @@ def through_grids_as_they_are(graph: fx.GraphModule, images: Tensor) -> Tensor:
     """The graph in float: nothing is rounded, weights but for 8 bits aside."""
     for quantizer in graph.modules():
         if isinstance(quantizer, ActivationQuantizer):
-            quantizer.calibrating, quantizer.observes = True, False
+            quantizer.calibrating = True
     return graph(images)
 
 
