@@ -26,12 +26,17 @@ from compress import __version__, checkpoint, manifest, measures, processes
 from compress import recipe as recipes
 from compress.data import open_data
 from compress.errors import CompressError, GateError
+from compress.formats.onnx import int8_onnx
+from compress.formats.tflite import to_tflite
 from compress.models import build, check, file_sha256, inputs, load_weights
 from compress.product import Data, Network, Product, Progress, Run, Structure
+from compress.quantization import freeze, prepare
 from compress.quantization.precision import precision
 from compress.recipe import Recipe
 from compress.stages import StageSettings
 from compress.stages.distill import Distillation
+from compress.stages.export import Export
+from compress.stages.quantize import Quantize
 from compress.targets import target
 
 TOGETHER = ("train", "distill", "quantize")
@@ -328,8 +333,22 @@ class _Fold:
                     checkpoint.load(self.base / teacher)
                 if (check_stage := getattr(stage, "check", None)) is not None:
                     check_stage(module, self.recipe.preprocess)
+            _write_int8(self.recipe, module)
 
         processes.shared(ask)
+
+
+def _write_int8(recipe: Recipe, module: torch.nn.Module) -> None:
+    """Writes the int8 files of the untrained network: ModelError for an operator that only they do not have."""
+    quantize: Quantize | None = None
+    for stage in recipe.stages:
+        if isinstance(stage, Quantize):
+            quantize = stage
+        elif isinstance(stage, Export) and quantize and not quantize.simulated and "int8" in (stage.kinds or ("int8",)):
+            frozen = freeze(prepare(module, quantize.quantization(), recipe.preprocess))
+            model = int8_onnx(frozen, recipe.preprocess.size, {})
+            if "tflite" in stage.formats:
+                to_tflite(model, {})
 
 
 def _open(recipe: Recipe, folder: Path, notes: Notes, base: Path) -> Data:

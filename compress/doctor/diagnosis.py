@@ -39,8 +39,8 @@ from compress.quantization import calibrate, fold_batchnorm, prepare
 from compress.quantization.bias_correction import correct_bias
 from compress.quantization.calibration import calibrate_weights
 from compress.quantization.equalize import find_pairs
-from compress.quantization.graph import CALLS, is_in, kind_of, layer_name, trace
-from compress.quantization.rewrite import HARD_SIGMOID, HARD_SWISH
+from compress.quantization.graph import CALLS, layer_name, trace
+from compress.quantization.rewrite import rewritable
 from compress.stages.export import to_onnx
 from compress.stages.quantize import Quantize
 from compress.targets import Runtime, open_model, target
@@ -324,14 +324,7 @@ def hard_activations(module: nn.Module) -> dict[str, int]:
         graph_module = trace(module)
     except ModelError:
         return {}
-    modules = dict(graph_module.named_modules())
-    found: Counter[str] = Counter()
-    for node in graph_module.graph.nodes:
-        if node.op in ("call_module", "call_function"):
-            kind = kind_of(node, modules)
-            found["hard-swish"] += is_in(kind, HARD_SWISH)
-            found["hard-sigmoid"] += is_in(kind, HARD_SIGMOID)
-    return {kind: count for kind, count in found.items() if count}
+    return dict(Counter(kind for _, kind in rewritable(graph_module)))
 
 
 def times_ms(contents: Sequence[bytes], runtime: Runtime, seconds: float) -> list[float]:

@@ -26,6 +26,7 @@ OPSET = 18
 IR_VERSION = 10
 """The oldest that knows this opset's features; older runtimes on boards refuse newer ones."""
 
+NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim"}
 PASS = (nn.Dropout, nn.Dropout2d, nn.Identity)
 FLATTEN = (nn.Flatten, torch.flatten, "flatten", torch.reshape, "reshape", "view")
 JOINTS = {
@@ -84,7 +85,10 @@ class _Writer(fx.Interpreter):
         graph = helper.make_graph(self.nodes, "main_graph", infos[:1], infos[1:], weights)
         opsets = [helper.make_opsetid("", OPSET)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="compress")
-        return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+        try:
+            return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+        except onnx.shape_inference.InferenceError as error:
+            raise NotInTableError(str(error)) from error
 
     def run_node(self, n: fx.Node) -> Any:
         self.current = n
@@ -174,6 +178,9 @@ class _Writer(fx.Interpreter):
         )
 
     def _operator(self, kind: Any, layer: Any, args: Any, kwargs: Any) -> Any:
+        if not args:
+            raise NotInTableError("keywords alone")
+        kwargs = {NUMPY_NAMES.get(name, name): value for name, value in kwargs.items()}
         if kind in PASS:
             return str(args[0])
         if kind in JOINTS and not kwargs and all(isinstance(argument, str) for argument in args):

@@ -57,18 +57,80 @@ class Attention(nn.Module):
         return (result if self.batch_first else result.transpose(0, 1)), None
 
 
-def expand_attention(module: nn.Module) -> None:
-    """Puts an `Attention` in the place of every nn.MultiheadAttention of `module`, which is changed.
+class EncoderLayer(nn.Module):
+    """nn.TransformerEncoderLayer with its attention taken apart."""
 
-    Raises ModelError for one with extra keys (`add_bias_kv`, `add_zero_attn`), naming it.
+    def __init__(self, original: nn.TransformerEncoderLayer) -> None:
+        super().__init__()
+        self.self_attn = Attention(original.self_attn)
+        self.linear1, self.dropout, self.linear2 = original.linear1, original.dropout, original.linear2
+        self.norm1, self.norm2 = original.norm1, original.norm2
+        self.dropout1, self.dropout2 = original.dropout1, original.dropout2
+        self.norm_first, self.activation = original.norm_first, original.activation
+
+    def forward(
+        self, src: Tensor, src_mask: Any = None, src_key_padding_mask: Any = None, is_causal: bool = False
+    ) -> Any:
+        """Of the same shape as `src`."""
+        if src_mask is not None or src_key_padding_mask is not None or is_causal:
+            raise NotImplementedError("attention with a mask")
+        if self.norm_first:
+            src = src + self._attend(self.norm1(src))
+            return src + self._feed(self.norm2(src))
+        src = self.norm1(src + self._attend(src))
+        return self.norm2(src + self._feed(src))
+
+    def _attend(self, x: Tensor) -> Tensor:
+        result: Tensor = self.dropout1(self.self_attn(x, x, x, need_weights=False)[0])
+        return result
+
+    def _feed(self, x: Tensor) -> Tensor:
+        result: Tensor = self.dropout2(self.linear2(self.dropout(self.activation(self.linear1(x)))))
+        return result
+
+
+class Encoder(nn.Module):
+    """nn.TransformerEncoder of such layers."""
+
+    def __init__(self, original: nn.TransformerEncoder) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(layer) for layer in original.layers)
+        self.norm = original.norm
+
+    def forward(self, src: Tensor, mask: Any = None, src_key_padding_mask: Any = None, is_causal: Any = None) -> Any:
+        """Of the same shape as `src`."""
+        if mask is not None or src_key_padding_mask is not None or is_causal:
+            raise NotImplementedError("attention with a mask")
+        for layer in self.layers:
+            src = layer(src)
+        return src if self.norm is None else self.norm(src)
+
+
+def expand_attention(module: nn.Module, path: str = "") -> None:
+    """Takes torch's attention and encoder layers in `module` apart, in place; decoders stay, for the tracer to refuse.
+
+    Raises ModelError for attention with extra keys (`add_bias_kv`, `add_zero_attn`), naming it.
     """
-    for name, layer in list(module.named_modules()):
-        if not isinstance(layer, nn.MultiheadAttention):
+    for name, child in list(module.named_children()):
+        place = f"{path}{name}"
+        for attention in child.modules():
+            extra = isinstance(attention, nn.MultiheadAttention) and (
+                attention.bias_k is not None or attention.add_zero_attn
+            )
+            if extra:
+                raise ModelError(
+                    f"layer {place}", "MultiheadAttention with added keys cannot be traced", "leave them out"
+                )
+        if isinstance(child, (nn.Transformer, nn.TransformerDecoder, nn.TransformerDecoderLayer)):
             continue
-        if layer.bias_k is not None or layer.add_zero_attn:
-            raise ModelError(f"layer {name}", "MultiheadAttention with added keys cannot be traced", "leave them out")
-        parent, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(parent), leaf, Attention(layer))
+        if isinstance(child, nn.MultiheadAttention):
+            setattr(module, name, Attention(child))
+        elif isinstance(child, nn.TransformerEncoderLayer):
+            setattr(module, name, EncoderLayer(child))
+        elif isinstance(child, nn.TransformerEncoder):
+            setattr(module, name, Encoder(child))
+        else:
+            expand_attention(child, f"{place}.")
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -102,7 +102,7 @@ def rounding_error(values: Tensor, counts: Tensor, lows: Tensor, highs: Tensor, 
 def mse_range(histogram: Histogram, steps: int = QMAX - QMIN) -> tuple[float, float]:
     """The range of least mean squared error for a grid of `steps` steps.
 
-    Both ends shrink together first, then each by itself, in ever finer steps.
+    Both ends shrink together and on a raster first; from the best, each moves by itself, in ever finer steps.
     """
     seen = histogram.counts > 0
     lowest, highest = histogram.low, histogram.high
@@ -113,7 +113,10 @@ def mse_range(histogram: Histogram, steps: int = QMAX - QMIN) -> tuple[float, fl
         return float(lows[index]), float(highs[index])
 
     shrunk = torch.linspace(1, 0, 129, dtype=torch.float64)[:-1]
-    low, high = best(lowest * shrunk, highest * shrunk)
+    raster = torch.cartesian_prod(shrunk[::5], shrunk[::5])
+    together = torch.stack([shrunk, shrunk], 1)
+    ends = torch.cat([together, raster])
+    low, high = best(lowest * ends[:, 0], highest * ends[:, 1])
     for reach in (0.5, 0.25, 0.1, 0.05, 0.02):
         factors = torch.linspace(1 - reach, 1 + reach, 33, dtype=torch.float64)
         same = torch.ones_like(factors)

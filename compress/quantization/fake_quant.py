@@ -63,7 +63,8 @@ class _OnGrid(torch.autograd.Function):
     ) -> Tensor:
         x = _dense(x)
         y = torch.empty_like(x)
-        for source, target in zip(_flat(x).split(CHUNK), _flat(y).split(CHUNK), strict=True):
+        size = CHUNK if x.device.type == "cpu" else max(1, x.numel())
+        for source, target in zip(_flat(x).split(size), _flat(y).split(size), strict=True):
             torch.mul(source, 1.0 / scale, out=target)
             target.round_().clamp_(-zero, last - zero).mul_(scale)
         learns = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]

@@ -31,6 +31,8 @@ def fold_batchnorm(module: nn.Module) -> fx.GraphModule:
         if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
             fused = fuse_conv_bn_eval(layer, norm)
         elif isinstance(layer, nn.Linear) and isinstance(norm, nn.BatchNorm1d):
+            if norm.num_features != layer.out_features:
+                continue  # over tokens, its channels are the tokens
             fused = fuse_linear_bn_eval(layer, norm)
         else:
             continue

@@ -100,7 +100,7 @@ def freeze(prepared: fx.GraphModule) -> Frozen:
     modules = dict(module.named_modules())
     integers: dict[str, Integers] = {}
     grids: dict[fx.Node, Grid] = {}
-    names: set[str] = set()
+    names: set[str] = {"image", "logits"}  # the file's own
 
     def unused(name: str) -> str:
         numbered = (f"{name}#{i}" for i in itertools.count(2))

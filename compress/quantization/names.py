@@ -45,7 +45,7 @@ def value_names(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
     A rectifier's result has the name of the layer before it, if nothing else reads that layer's.
     """
     modules = dict(graph_module.named_modules())
-    used: set[str] = set()
+    used: set[str] = {"image", "logits"}  # the file's own
     names: dict[fx.Node, str] = {}
     for node in graph_module.graph.nodes:
         if node.op not in CALLS:

@@ -151,7 +151,7 @@ def _role_of_mean(node: fx.Node, kind: Any) -> Role:
     if isinstance(kind, nn.AdaptiveAvgPool2d) or kind is F.adaptive_avg_pool2d:
         return Role.JOINT
     given: dict[str, Any] = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | dict(node.kwargs)
-    dims = given.get("dim")
+    dims = given.get("dim", given.get("axis"))
     dims = (dims,) if isinstance(dims, int) else tuple(dims or range(len(before)))
     places = {dim % len(before) for dim in dims}
     # A mean over channels is part of a normalization, whose results would suffer from 8 bits.

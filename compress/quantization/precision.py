@@ -8,10 +8,9 @@ from typing import Any
 from torch import nn
 
 from compress.product import Network
-from compress.quantization.fake_quant import QuantizedConv2d, QuantizedConvTranspose2d, QuantizedLinear
+from compress.quantization.operators import QUANTIZED
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
-QUANTIZED = (QuantizedConv2d, QuantizedConvTranspose2d, QuantizedLinear)
 
 
 def simulated(quantize: Mapping[str, Any] | None) -> str:

@@ -96,15 +96,19 @@ def prepare(module: nn.Module, settings: Quantization, preprocess: Preprocess) -
     Raises ModelError that names the first layer or operator which has no place here.
     """
     graph_module = fold_batchnorm(module)
-    _refuse_another_function(module, graph_module, preprocess.size)
+    size = preprocess.size
+    name = type(module).__name__
+    _refuse_another_function(name, _answers(module, size, name), graph_module, size)
     if settings.rewrite_activations:
         rewrite_activations(graph_module)
     if settings.equalize:
         equalize(graph_module)
-    name = type(module).__name__
-    _ask(name, lambda: fold_sizes(graph_module, preprocess.size))
+    expected = _answers(graph_module, size, name)
+    _ask(name, lambda: fold_sizes(graph_module, size))
     out_of_place(graph_module)
-    _propagate_shapes(graph_module, preprocess.size, name)
+    graph_module.graph.eliminate_dead_code()
+    _refuse_another_function(name, expected, graph_module, size)
+    _propagate_shapes(graph_module, size, name)
     keep = kept_float(graph_module, settings.keep_float)
     _merge_pads(graph_module, keep)
     batchnorm_as_convolution(graph_module, keep)
@@ -112,8 +116,10 @@ def prepare(module: nn.Module, settings: Quantization, preprocess: Preprocess) -
     rows_as_matrix(graph_module, keep)
     merge_moves(graph_module)
     _quantize_layers(graph_module, settings, keep)
-    _propagate_shapes(graph_module, preprocess.size, name)
-    _Grids(graph_module, settings, preprocess, keep).place()
+    _propagate_shapes(graph_module, size, name)
+    grids = _Grids(graph_module, settings, preprocess, keep)
+    _refuse_idle_patterns(graph_module, settings.keep_float, grids)
+    grids.place()
     graph_module.delete_all_unused_submodules()
     graph_module.graph.lint()
     graph_module.recompile()
@@ -140,6 +146,19 @@ def kept_float(graph_module: fx.GraphModule, patterns: Collection[str]) -> set[s
     return kept
 
 
+def _refuse_idle_patterns(graph_module: fx.GraphModule, patterns: Collection[str], grids: _Grids) -> None:
+    """Raises ModelError for a pattern of `keep_float` that changes nothing, and where all layers are kept."""
+    for pattern in patterns:
+        if not kept_float(graph_module, (pattern,)) & grids.kept:
+            raise ModelError(
+                "stage quantize",
+                f"`keep_float: {pattern}` matches no operator that computes in integers",
+                "name convolutions, linear layers or sums; what is behind them follows",
+            )
+    if patterns and not any(role is Role.LAYER for role in grids.roles.values()):
+        raise ModelError("stage quantize", "`keep_float` leaves no layer to quantize", "leave out the stage instead")
+
+
 class _Grids:
     """Decides which values lie on a grid, and puts a quantizer behind each."""
 
@@ -150,6 +169,8 @@ class _Grids:
         self.modules = dict(graph_module.named_modules())
         self.grids: dict[fx.Node, str] = {}
         """The quantizer on whose grid a node's value lies, by module name."""
+        self.kept: set[str] = set()
+        """Operators that `keep_float` keeps from computing in integers."""
         self.roles = self._find_roles(keep)
         self.wanted = self._find_wanted()
         graph_module.add_submodule("grids", nn.Module())
@@ -163,7 +184,9 @@ class _Grids:
             role = role_of(node, self.modules, constants)
             if role is None:
                 raise _no_counterpart(node, kind_of(node, self.modules))
-            if role in (Role.LAYER, Role.JOINT) and layer_name(node) in keep:
+            layered = isinstance(kind_of(node, self.modules), (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))
+            if layer_name(node) in keep and (layered or role is Role.JOINT):
+                self.kept.add(layer_name(node))
                 role = Role.ISLAND
             roles[node] = role
             if role is Role.CONSTANT:
@@ -240,20 +263,28 @@ class _Grids:
         return len(users) == 1 and self.roles.get(users[0]) is Role.RECTIFIER and self._fixed(node) is None
 
 
-def _refuse_another_function(module: nn.Module, graph_module: fx.GraphModule, size: int) -> None:
-    """Raises ModelError where tracing or folding changed what the network computes, as for tensors overwritten."""
-    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    was_training, name = module.training, type(module).__name__
-    found: list[torch.Tensor] = []
+def _answers(module: nn.Module, size: int, name: str) -> torch.Tensor:
+    """What the network makes of a few random images, in eval mode."""
+    # Five of them: sizes that depend on the batch were asked for at two and three.
+    images = torch.rand(5, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    was_training = module.training
+    found: list[Any] = []
     with torch.no_grad():
-        _ask(name, lambda: found.extend([module.eval()(images), graph_module(images)]))
+        _ask(name, lambda: found.append(module.eval()(images)))
     module.train(was_training)
-    expected, traced = found
-    if (traced - expected).abs().max() > SAME_FUNCTION * expected.abs().max():
+    if not isinstance(found[0], torch.Tensor):
+        raise ModelError(name, f"returns {type(found[0]).__name__}", "a network returns one tensor of logits")
+    return found[0]
+
+
+def _refuse_another_function(name: str, expected: torch.Tensor, graph_module: fx.GraphModule, size: int) -> None:
+    """Raises ModelError where tracing, folding or rewriting changed what the network computes."""
+    traced = _answers(graph_module, size, name)
+    if traced.shape != expected.shape or (traced - expected).abs().max() > SAME_FUNCTION * expected.abs().max():
         raise ModelError(
             name,
             "computes something else as a traced graph",
-            "it may overwrite a tensor (`x += y`) that is read again, or depend on more than the image",
+            "it may overwrite a tensor (`x += y`, inplace=True) that is read again, or depend on more than the image",
         )
 
 

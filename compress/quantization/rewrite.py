@@ -16,7 +16,8 @@ from compress.quantization.operators import REARRANGE
 
 HARD_SWISH = (nn.Hardswish, F.hardswish)
 HARD_SIGMOID = (nn.Hardsigmoid, F.hardsigmoid)
-OUT_OF_PLACE = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul}
+OUT_OF_PLACE: dict[Any, Any] = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul}
+OUT_OF_PLACE |= {torch.relu_: torch.relu, F.relu_: F.relu, torch.clamp_: torch.clamp, F.hardtanh_: F.hardtanh}
 OUT_OF_PLACE |= {operator.itruediv: operator.truediv, operator.imatmul: operator.matmul}
 
 
@@ -32,12 +33,16 @@ def rewrite_activations(graph_module: fx.GraphModule) -> list[str]:
     ]
 
 
-def hard_activations(graph_module: fx.GraphModule) -> list[str]:
-    """Names of the hard-swish and hard-sigmoid layers that `rewrite_activations` would change."""
+def rewritable(graph_module: fx.GraphModule) -> list[tuple[str, str]]:
+    """Name and kind, `hard-swish` or `hard-sigmoid`, of each call that `rewrite_activations` would change."""
     modules = dict(graph_module.named_modules())
-    kinds = (*HARD_SWISH, *HARD_SIGMOID)
-    calls = [node for node in graph_module.graph.nodes if node.op in CALLS]
-    return [layer_name(node) for node in calls if is_in(kind_of(node, modules), kinds)]
+    found = []
+    for node in graph_module.graph.nodes:
+        kind = kind_of(node, modules) if node.op in CALLS else None
+        for kinds, name in ((HARD_SWISH, "hard-swish"), (HARD_SIGMOID, "hard-sigmoid")):
+            if is_in(kind, kinds):
+                found.append((layer_name(node), name))
+    return found
 
 
 def _replace(graph_module: fx.GraphModule, kinds: tuple[object, ...], make: Callable[[], nn.Module]) -> list[str]:

@@ -14,7 +14,7 @@ from compress.quantization.bias_correction import correct_bias
 from compress.quantization.calibration import Method, calibrate_weights
 from compress.quantization.equalize import find_pairs
 from compress.quantization.fake_quant import hold_grids
-from compress.quantization.rewrite import hard_activations
+from compress.quantization.rewrite import rewritable
 from compress.stages.distill import Distillation, objective
 from compress.stages.sample import sample
 from compress.training import Fit, fit, reestimated_batchnorm
@@ -66,6 +66,23 @@ class Quantize(Fit, Quantization):
             )
         return self
 
+    @model_validator(mode="after")
+    def _training_needs_epochs(self) -> Quantize:
+        asked = {
+            "rewrite_activations": self.rewrite_activations,
+            "distill": self.distill is not None,
+            "hold_grids_after": self.hold_grids_after is not None,
+            "only": bool(self.only),
+        }
+        idle = [name for name, given in asked.items() if given]
+        if self.epochs == 0 and idle:
+            raise ValueError(f"{' and '.join(f'`{name}`' for name in idle)}: nothing is trained with `epochs: 0`")
+        if self.percentile != 99.99 and self.calibration != "percentile":
+            raise ValueError("`percentile` needs `calibration: percentile`")
+        if self.hold_grids_after is not None and not self.learn_activations:
+            raise ValueError("`hold_grids_after`: with `learn_activations: false` grids never move")
+        return self
+
     def quantization(self) -> Quantization:
         """The part of the settings that a saved network's structure keeps."""
         return Quantization(**{name: getattr(self, name) for name in Quantization.model_fields})
@@ -83,7 +100,7 @@ class Quantize(Fit, Quantization):
             pairs = len(find_pairs(fold_batchnorm(module)))
             run.progress.note(f"{pairs} pairs of layers equalized; layers around a ReLU6 cannot be")
         prepared = prepare(module, self.quantization(), run.data.preprocess)
-        if floats := hard_activations(prepared):
+        if floats := rewritable(prepared):
             run.progress.note(HARD_ACTIVATIONS.format(count=len(floats)))
         if self.weight_calibration == "mse":
             calibrate_weights(prepared)
@@ -100,6 +117,7 @@ class Quantize(Fit, Quantization):
             views=self.distill.views if self.distill else None,
             after=None if self.hold_grids_after is None else (self.hold_grids_after, hold_grids),
         )
+        hold_grids(module, held=False)
         structure = product.network.structure.model_copy(
             update={"quantize": self.quantization().model_dump(mode="json")}
         )

@@ -467,6 +467,9 @@ class _Verifier:
                 except ModelError as error:
                     notes.append(f"{name}: layers are not compared: {error.problem}")
                 advance(name)
+        for comparison in found:
+            if not comparison.layers:
+                notes.append(f"{comparison.b}: no layer is compared, for no tensor has a name that {comparison.a} has")
         return [comparison for comparison in found if comparison.layers]
 
     def _worst(self, agreement: Sequence[Pair]) -> list[int]:

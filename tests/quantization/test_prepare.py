@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from compress.errors import ModelError
-from compress.formats.onnx import float_onnx
+from compress.formats.onnx import float_onnx, int8_onnx
+from compress.formats.tflite import to_tflite
 from compress.quantization import (
     ActivationQuantizer,
     Frozen,
@@ -24,6 +25,7 @@ from compress.quantization import (
     run_integers,
 )
 from compress.quantization.graph import trace
+from compress.targets import open_model
 
 CPU = torch.device("cpu")
 
@@ -261,20 +263,135 @@ def test_convolutions_with_paddings_of_their_own_are_layers(stripes):
     assert (graph(images) - module(images)).abs().max() / module(images).abs().max() < 0.05
 
 
-def test_what_is_overwritten_and_read_again_is_refused():
-    class Overwrites(nn.Module):
+class Overwrites(nn.Module):
+    """Tensors that are overwritten under a second name and read again under the first."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.relu, self.same = how, nn.ReLU(inplace=True), nn.Identity()
+        self.conv, self.head = nn.Conv2d(3, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        y = x
+        if self.how == "sum":
+            x += 1.0
+        elif self.how == "identity":
+            x = self.relu(self.same(x))
+        else:
+            x = F.relu(x.view(x.size(0), -1), inplace=True).view(-1, 8, 16, 16)
+        return self.head((x + y).mean((2, 3)))
+
+
+@pytest.mark.parametrize("how", ["sum", "identity", "view"])
+def test_what_is_overwritten_and_read_again_is_refused(how):
+    with pytest.raises(ModelError, match="computes something else as a traced graph"):
+        prepare(randomized(Overwrites(how)), Quantization(), PREPROCESS)
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_encoder_layers_of_torch_are_taken_apart(norm_first, activation, stripes):
+    class Tokens(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.head = nn.Conv2d(3, 8, 1), nn.Linear(8, 5)
+            self.embed, self.head = nn.Conv2d(3, 16, 4, stride=4), nn.Linear(16, 5)
+            layer = nn.TransformerEncoderLayer(
+                16, 2, 32, batch_first=True, norm_first=norm_first, activation=activation
+            )
+            self.encoder = nn.TransformerEncoder(layer, 2, nn.LayerNorm(16), enable_nested_tensor=False)
 
         def forward(self, x):
-            x = self.conv(x)
-            y = x
-            x += 1.0
-            return self.head((x * y).mean((2, 3)))
+            return self.head(self.encoder(self.embed(x).flatten(2).transpose(1, 2)).mean(1))
 
-    with pytest.raises(ModelError, match="computes something else as a traced graph"):
-        prepare(Overwrites(), Quantization(), PREPROCESS)
+    module = randomized(Tokens())
+    images = stripes.splits["evaluation"][0]
+    torch.testing.assert_close(trace(module)(images), module(images), rtol=1e-4, atol=1e-5)
+    frozen = freeze(prepared(module, stripes))
+    assert len(frozen.integers) == 1 + 2 * (4 + 2) + 1, "all linear layers"
+
+
+def test_a_decoder_is_refused_by_name():
+    class Decodes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decoder = nn.TransformerDecoderLayer(48, 2, 32, batch_first=True)
+            self.head = nn.Linear(48, 5)
+
+        def forward(self, x):
+            x = x.flatten(2)[:, :, :48]
+            return self.head(self.decoder(x, x).mean(1))
+
+    with pytest.raises(ModelError, match="layer decoder: operator TransformerDecoderLayer has no int8 counterpart"):
+        prepare(Decodes(), Quantization(), PREPROCESS)
+
+
+def test_batchnorm_over_tokens_is_not_folded_into_the_layer_before(stripes):
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix, self.norm, self.head = nn.Linear(256, 12), nn.BatchNorm1d(3), nn.Linear(12, 5)
+
+        def forward(self, x):
+            return self.head(torch.relu(self.norm(self.mix(x.flatten(2)))).mean(1))
+
+    module = randomized(Tokens())
+    images = stripes.splits["evaluation"][0]
+    torch.testing.assert_close(fold_batchnorm(module)(images), module(images))
+
+
+def test_parts_that_nobody_reads_are_left_out(stripes):
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.unused, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(4, 4, 1), nn.Linear(4, 5)
+
+        def forward(self, x):
+            left, right = self.conv(x).relu().chunk(2, 1)
+            self.unused(right)
+            return self.head(left.mean((2, 3)))
+
+    frozen = freeze(prepared(randomized(Half()), stripes))
+    assert set(frozen.integers) == {"conv", "head"}
+    assert int8_onnx(frozen, 16, {}).graph.output[0].name == "logits"
+
+
+def test_layers_may_be_called_as_the_files_ends_are(stripes, tmp_path):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.image, self.logits = nn.Conv2d(3, 8, 3, stride=4), nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.logits(self.image(x).relu().mean((2, 3)))
+
+    module = randomized(Named())
+    images = stripes.splits["evaluation"][0][:4]
+    frozen = freeze(prepared(module, stripes))
+    for model, expected in (
+        (int8_onnx(frozen, 16, {}), run_integers(frozen, images).logits_NK),
+        (float_onnx(fold_batchnorm(module), 16, {}), module(images)),
+    ):
+        (tmp_path / "a.onnx").write_bytes(model.SerializeToString())
+        (tmp_path / "a.tflite").write_bytes(to_tflite(model, {}))
+        for name in ("a.onnx", "a.tflite"):
+            found = open_model(tmp_path / name).predict(images.numpy())
+            torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_two_results_are_no_network():
+    class Two(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    with pytest.raises(ModelError, match="Two: returns tuple; a network returns one tensor"):
+        prepare(Two(), Quantization(), PREPROCESS)
+
+
+@pytest.mark.parametrize(("pattern", "words"), [("relu", "matches no operator that"), ("*", "leaves no layer")])
+def test_patterns_that_keep_nothing_or_everything_float_are_refused(pattern, words):
+    with pytest.raises(ModelError, match=words):
+        prepare(SmallNet(), Quantization(keep_float=(pattern,)), PREPROCESS)
 
 
 def test_gradients_pass_through_grids_in_place_of_rectifiers(stripes):

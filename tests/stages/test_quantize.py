@@ -127,9 +127,8 @@ def test_training_improves_a_coarse_network(run, stripes, step_size):
     errors = []
     for epochs in (0, 12):
         kd: Any = {"losses": ({"use": "kd", "temperature": 4.0, "weight": 1.0},), "labels": 0.0}
-        made = quantized(
-            product, run, epochs=epochs, batch_size=16, lr=3e-3, step_size=step_size, weight_bits=3, distill=kd
-        )
+        how: Any = {"epochs": epochs, "batch_size": 16, "lr": 3e-3, "step_size": step_size, "weight_bits": 3}
+        made = quantized(product, run, **how, **({"distill": kd} if epochs else {}))
         found = outputs(made.network.module, stripes)
         centred = [x - x.mean(1, keepdim=True) for x in (found, wanted)]  # what soft targets see
         errors.append(float((centred[0] - centred[1]).square().mean()))
@@ -153,3 +152,19 @@ def test_a_sample_is_the_same_every_time(run, images, batch_size, sizes):
     assert [len(batch.labels_N) for batch in first] == sizes
     assert all(torch.equal(a.images_NCHW, b.images_NCHW) for a, b in zip(first, again, strict=True))
     assert sample_size(run, images) == min(images, 64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"epochs": 0, "rewrite_activations": True}, "nothing is trained"),
+        ({"epochs": 0, "distill": {}}, "nothing is trained"),
+        ({"epochs": 0, "hold_grids_after": 0.0}, "nothing is trained"),
+        ({"epochs": 0, "only": ["head.*"]}, "nothing is trained"),
+        ({"percentile": 99.0}, "needs `calibration: percentile`"),
+        ({"hold_grids_after": 0.5, "learn_activations": False}, "grids never move"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(settings, words):
+    with pytest.raises(ValidationError, match=words):
+        Quantize.model_validate_json(json.dumps({"use": "quantize", **settings}))
