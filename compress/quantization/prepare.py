@@ -98,12 +98,14 @@ def prepare(module: nn.Module, settings: Quantization, preprocess: Preprocess) -
     graph_module = fold_batchnorm(module)
     size = preprocess.size
     name = type(module).__name__
-    _refuse_another_function(name, _answers(module, size, name), graph_module, size)
-    if settings.rewrite_activations:
-        rewrite_activations(graph_module)
-    if settings.equalize:
-        equalize(graph_module)
-    expected = _answers(graph_module, size, name)
+    expected = _answers(module, size, name)
+    if settings.rewrite_activations or settings.equalize:
+        _refuse_another_function(name, expected, graph_module, size)
+        if settings.rewrite_activations:
+            rewrite_activations(graph_module)
+        if settings.equalize:
+            equalize(graph_module)
+        expected = _answers(graph_module, size, name)
     _ask(name, lambda: fold_sizes(graph_module, size))
     out_of_place(graph_module)
     graph_module.graph.eliminate_dead_code()
