@@ -27,6 +27,10 @@ from compress.formats.tflite import tensor_names, to_tflite, with_outputs
 from compress.formats.tflite_file import unpack
 from compress.product import Batch, Preprocess
 from compress.quantization import Frozen, Quantization, calibrate, freeze, prepare, run_integers
+from compress.verification.layers import compare_layers
+from compress.verification.onnx_file import OnnxFile
+from compress.verification.tflite_file import TFLiteFile
+from compress.verification.torch_network import FrozenNetwork
 
 CPU = torch.device("cpu")
 OPERATORS = {code: name for name, code in vars(schema.BuiltinOperator).items() if isinstance(code, int)}
@@ -213,6 +217,18 @@ def test_onnxruntime_computes_the_integers(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_litert_computes_the_integers(name):
     assert_computes_the_integers(exported(name), tflite_steps(exported(name)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_layer_alone_is_within_a_step_of_the_integers(name, tmp_path):
+    """On equal inputs, whatever grew on the way: a wrong layer behind an early rounding does not hide."""
+    made = exported(name)
+    (tmp_path / "a.onnx").write_bytes(made.onnx.SerializeToString())
+    (tmp_path / "a.tflite").write_bytes(made.tflite)
+    for file in (OnnxFile(tmp_path / "a.onnx"), TFLiteFile(tmp_path / "a.tflite")):
+        found = compare_layers(FrozenNetwork(made.frozen), file, made.images[:2].numpy())
+        assert made.frozen.integers.keys() <= {layer.layer for layer in found.layers}
+        assert max(layer.alone_lsb for layer in found.layers) <= 1
 
 
 @pytest.mark.parametrize(
