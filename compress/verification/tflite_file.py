@@ -228,13 +228,14 @@ class TFLiteFile:
     # -- what it computes
 
     def predict(self, images_NCHW: np.ndarray) -> np.ndarray:
-        """The outputs as real numbers, (N, K)."""
-        return self.model.predict(images_NCHW)
+        """The outputs as real numbers, (N, K), or (N, K, H, W) of a network that answers for each pixel."""
+        return _as_nchw(self.model.predict(images_NCHW))
 
     def predict_plainly(self, images_NCHW: np.ndarray) -> np.ndarray:
         """The outputs by LiteRT's reference kernels."""
         session, output = LiteSession(self.content, threads=self.threads, kernels="reference"), self.model.outputs[0]
-        return output.real(np.stack([session.run([self.model.feed(image)])[0][0] for image in images_NCHW]))
+        rows = np.stack([session.run([self.model.feed(image)])[0][0] for image in images_NCHW])
+        return _as_nchw(output.real(rows))
 
     def steps(self, images: np.ndarray, kernels: Kernels = "default") -> dict[str, np.ndarray]:
         """Every quantized tensor, int32 steps from zero, (N, 1, ...) in NCHW, by name in the order of execution."""
@@ -429,6 +430,10 @@ def _outputs_first(op: str, weight: np.ndarray) -> np.ndarray:
     elif weight.ndim == 4:  # (outputs, height, width, inputs)
         weight = weight.transpose(0, 3, 1, 2)
     return trimmed(weight)
+
+
+def _as_nchw(outputs: np.ndarray) -> np.ndarray:
+    return outputs.transpose(0, 3, 1, 2) if outputs.ndim == 4 else outputs
 
 
 def _unique(name: str, seen: dict[str, int]) -> str:

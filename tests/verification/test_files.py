@@ -7,10 +7,16 @@ import zipfile
 import numpy as np
 import onnx
 import pytest
+import torch
+from conftest import PREPROCESS
 from PIL import Image
+from torch import nn
 
 from compress.errors import CompressError
+from compress.formats.onnx import int8_onnx
+from compress.formats.tflite import to_tflite
 from compress.pipeline import Silent
+from compress.quantization import Quantization, calibrate, freeze, prepare
 from compress.targets import agent
 from compress.verification import Tolerances, tables, verify_files
 from compress.verification.tables import headline
@@ -224,3 +230,17 @@ def test_tolerances_decide(exported, pair):
     loose = verify(*pair, tolerances=Tolerances(lsb=3, layer_lsb=3))
     assert loose.agreement[0]["verdict"] == "PASS"
     assert loose.reason.startswith("bias of layer head")  # stored numbers are compared exactly all the same
+
+
+def test_outputs_for_each_pixel_are_compared_pixel_by_pixel(stripes, tmp_path):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 1))
+    graph = prepare(module, Quantization(), PREPROCESS)
+    calibrate(graph, stripes.batches("train", batch_size=16), torch.device("cpu"))
+    model = int8_onnx(freeze(graph.eval()), 16, {})
+    paths = [tmp_path / "int8.onnx", tmp_path / "int8.tflite"]
+    paths[0].write_bytes(model.SerializeToString())
+    paths[1].write_bytes(to_tflite(model, {}))
+    found = verify(*paths, limit=4)
+    assert found.passed, found.reason
+    assert found.agreement[0]["logits"] == 4 * 6 * 16 * 16
