@@ -39,7 +39,8 @@ from compress.quantization import calibrate, fold_batchnorm, prepare
 from compress.quantization.bias_correction import correct_bias
 from compress.quantization.calibration import calibrate_weights
 from compress.quantization.equalize import find_pairs
-from compress.quantization.graph import CALLS, layer_name, trace
+from compress.quantization.graph import trace
+from compress.quantization.operators import QUANTIZED
 from compress.quantization.rewrite import rewritable
 from compress.stages.export import to_onnx
 from compress.stages.quantize import Quantize
@@ -195,7 +196,7 @@ class _Examination:
             rewrite=rewrite,
             widths=self._widths(layers, measure, budget_s),
             damage=ranking,
-            keepable=tuple(self._keepable(folded)),
+            keepable=tuple(_keepable(prepared)),
             refusals=tuple(self.refusals),
             notes=tuple(self.notes),
         )
@@ -297,9 +298,6 @@ class _Examination:
         weights = sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, risks.Weighted))
         return weights, everything - weights
 
-    def _keepable(self, folded: fx.GraphModule | None) -> list[str]:
-        return [layer_name(node) for node in folded.graph.nodes if node.op in CALLS] if folded is not None else []
-
     def _try(self, step: str, work: Callable[[], Any]) -> Any:
         """What `work` returns; None, and a Refusal on record, where the network or a format does not take part."""
         try:
@@ -316,6 +314,12 @@ class _Examination:
         else:
             self.refusals.append(refusal)
         return None
+
+
+def _keepable(prepared: fx.GraphModule | None) -> list[str]:
+    """Layers with integer weights; what computes in float anyway cannot be kept so."""
+    layers = prepared.named_modules() if prepared is not None else ()
+    return [name for name, layer in layers if isinstance(layer, QUANTIZED)]
 
 
 def hard_activations(module: nn.Module) -> dict[str, int]:
