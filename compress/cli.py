@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,6 +46,8 @@ Overrides = Annotated[
 
 def main() -> None:
     """Runs the command line; a mistake the user can mend is one clear message and exit status 1."""
+    with contextlib.suppress(ValueError):  # in another thread than the first, where signals do not arrive
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         status = app(standalone_mode=False)
     except CompressError as error:
@@ -61,6 +64,12 @@ def main() -> None:
     if status == INTERRUPTED:  # typer has caught Ctrl-C
         _fail("stopped; the same command goes on from the last finished stage", INTERRUPTED)
     sys.exit(status or 0)
+
+
+def _interrupt(*_: object) -> None:
+    """Ctrl-C. Python drops the exception where it meets a finalizer or a callback: the next step raises it again."""
+    RichProgress.interrupted = True
+    raise KeyboardInterrupt
 
 
 def _fail(text: str, status: int) -> None:
@@ -303,6 +312,8 @@ def _show_rows(rows: Sequence[Mapping[str, str]]) -> None:
 class RichProgress:
     """A live bar on a terminal; one line per finished piece of work everywhere."""
 
+    interrupted = False
+
     def __init__(self, console: Console) -> None:
         self.console = console
 
@@ -317,6 +328,8 @@ class RichProgress:
 
             def advance(said: str) -> None:
                 nonlocal last
+                if self.interrupted:
+                    raise KeyboardInterrupt
                 last = said
                 bars.update(task, advance=1, said=escape(said))
 

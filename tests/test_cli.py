@@ -1,5 +1,6 @@
 """The command line as a user meets it: real processes, exit codes, one clear line for each mistake."""
 
+import io
 import json
 import os
 import signal
@@ -10,7 +11,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 from test_pipeline import NETWORK, RECIPE
+
+from compress import cli
 
 ROOT = Path(__file__).parents[1]
 
@@ -150,6 +154,17 @@ def test_ctrl_c_stops_at_once_says_how_to_go_on_and_leaves_no_half(place):
     assert process.returncode == 130
     assert said.strip() == "stopped; the same command goes on from the last finished stage"
     assert sorted(path.name for path in (place / "runs/small/stages").iterdir()) == ["00-load"]
+
+
+def test_a_ctrl_c_that_python_dropped_stops_the_next_step(monkeypatch):
+    monkeypatch.setattr(cli.RichProgress, "interrupted", False)  # and again after the test
+    progress = cli.RichProgress(Console(file=io.StringIO()))
+    with progress.steps("train", 2) as advance:
+        advance("")
+        with pytest.raises(KeyboardInterrupt):
+            cli._interrupt()  # and nobody heard of it
+        with pytest.raises(KeyboardInterrupt):
+            advance("")
 
 
 def test_a_wrong_option_is_told_without_a_traceback(place):
