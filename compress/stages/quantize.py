@@ -70,8 +70,6 @@ class Quantize(Fit, Quantization):
     def _training_needs_epochs(self) -> Quantize:
         asked = {
             "rewrite_activations": self.rewrite_activations,
-            "distill": self.distill is not None,
-            "hold_grids_after": self.hold_grids_after is not None,
             "only": bool(self.only),
         }
         idle = [name for name, given in asked.items() if given]

@@ -23,6 +23,9 @@ class Verify(Settings):
     tolerance_lsb: int = Field(default=1, ge=0)
     """Largest difference of an int8 logit, in units of its last place (of 255 steps over the range of the logits, where
     the last layers compute in float)."""
+    tolerance_grown: float = Field(default=0.01, ge=0, lt=1)
+    """Largest share of images, one at least unless this is 0, on which a logit may differ by more than `tolerance_lsb`
+    where all stored numbers are equal and every layer is right on its own: rounding that grows from layer to layer."""
     tolerance_layer_lsb: int = Field(default=1, ge=0)
     """Largest difference of any layer of an int8 file, computed on its own on equal inputs."""
     tolerance_float: float = Field(default=1e-3, gt=0)
@@ -46,7 +49,11 @@ class Verify(Settings):
             of_split(data, limit),
             threads=self.threads,
             tolerances=Tolerances(
-                self.tolerance_lsb, self.tolerance_layer_lsb, self.tolerance_float, self.tolerance_top1
+                lsb=self.tolerance_lsb,
+                layer_lsb=self.tolerance_layer_lsb,
+                relative=self.tolerance_float,
+                grown=self.tolerance_grown,
+                top1=self.tolerance_top1,
             ),
             progress=progress,
         )

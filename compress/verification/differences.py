@@ -46,6 +46,7 @@ def compare_steps(a: str, b: str, steps_a: np.ndarray, steps_b: np.ndarray, tole
         "histogram": histogram(difference),
         "top1_agreement": top1_agreement(steps_a, steps_b),
         "worst_image": int(per_image(difference).argmax()),
+        "images_beyond": len(difference) if no_numbers else int((per_image(difference) > tolerance_lsb).sum()),
         "verdict": "PASS" if passed else "FAIL",
         "reason": "" if passed else reason,
     }

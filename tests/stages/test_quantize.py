@@ -158,8 +158,6 @@ def test_a_sample_is_the_same_every_time(run, images, batch_size, sizes):
     ("settings", "words"),
     [
         ({"epochs": 0, "rewrite_activations": True}, "nothing is trained"),
-        ({"epochs": 0, "distill": {}}, "nothing is trained"),
-        ({"epochs": 0, "hold_grids_after": 0.0}, "nothing is trained"),
         ({"epochs": 0, "only": ["head.*"]}, "nothing is trained"),
         ({"percentile": 99.0}, "needs `calibration: percentile`"),
         ({"hold_grids_after": 0.5, "learn_activations": False}, "grids never move"),
