@@ -92,11 +92,13 @@ def test_scales_in_tflite_are_those_of_onnx(digits_run):
     not PHOTOGRAPHS.is_dir(), reason="needs the photographs of ../shared/data, which are not part of the project"
 )
 def test_the_photograph_recipe_runs_every_stage(tmp_path):
-    """Without training: every stage on the real images and weights."""
-    none = [f"stages.{index}.epochs=0" for index in (0, 1, 3, 4)]
-    # An untrained head decides by noise, so rounding changes classes; the files' agreement keeps its bound of 1 LSB.
-    quick = ["stages.prune.steps=1", "stages.benchmark.rounds=1", "stages.verify.tolerance_top1=0.9"]
-    words = ["run", "recipes/mobilenetv2_imagenette.yaml", *none, *quick, "--out", str(tmp_path / "run")]
+    """One epoch of each training, on the real images and weights; `verify` at its own bounds.
+
+    An untrained pruned network would decide by noise, where rounding changes classes.
+    """
+    once = [f"stages.{index}.epochs=1" for index in (0, 1, 3, 4)]
+    quick = ["stages.prune.steps=1", "stages.benchmark.rounds=1"]
+    words = ["run", "recipes/mobilenetv2_imagenette.yaml", *once, *quick, "--out", str(tmp_path / "run")]
     subprocess.run([sys.executable, "-m", "compress.cli", *words], cwd=ROOT, env=environment(), check=True)
     stages = manifests(tmp_path / "run")
     assert "head replaced: 1000 -> 10 classes" in stages["00-load"]["notes"]
