@@ -1,4 +1,4 @@
-"""Distance between logits: Ba & Caruana, 2014 (arXiv:1312.6184), equation 1."""
+"""Squared distance of logits, Ba & Caruana, 2014 (arXiv:1312.6184), equation 1, or of probabilities."""
 
 from typing import Literal
 
@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress.settings import Settings
+from compress.losses.lesson import Lesson, Term
 
 
 def logits_l2(student_NK: Tensor, teacher_NK: Tensor) -> Tensor:
@@ -14,11 +14,19 @@ def logits_l2(student_NK: Tensor, teacher_NK: Tensor) -> Tensor:
     return 0.5 * F.mse_loss(student_NK, teacher_NK, reduction="sum") / len(student_NK)
 
 
-class LogitsL2(Settings):
-    """Match the teacher's logits themselves: the limit of `kd` at high temperature for centred logits."""
+def probabilities_l2(student_NK: Tensor, teacher_NK: Tensor) -> Tensor:
+    """Squared distance between the softmax of two logits of shape (N, K), summed over classes, batch mean: 0 to 2."""
+    student, teacher = F.softmax(student_NK, dim=1), F.softmax(teacher_NK, dim=1)
+    return F.mse_loss(student, teacher, reduction="sum") / len(student_NK)
+
+
+class LogitsL2(Term):
+    """Match the teacher's outputs by their distance; for centred logits, the limit of `kd` at high temperature."""
 
     use: Literal["l2"]
+    on: Literal["logits", "probabilities"] = "logits"
     weight: float = Field(default=0.1, ge=0)
 
-    def __call__(self, *, student_NK: Tensor, teacher_NK: Tensor) -> Tensor:
-        return logits_l2(student_NK, teacher_NK)
+    def __call__(self, lesson: Lesson) -> Tensor:
+        distance = logits_l2 if self.on == "logits" else probabilities_l2
+        return distance(lesson.student_NK, lesson.teacher_NK)

@@ -47,6 +47,38 @@ def select(original: nn.Module, kept: Mapping[str, KeptChannels]) -> dict[str, T
     return state
 
 
+def kept_weight(name: str, layer: nn.Module, channels: KeptChannels) -> Tensor:
+    """A copy of one layer's weight with the kept channels only, in the layer's own layout."""
+    return _sliced(name, layer, channels)["weight"]
+
+
+def within(student: Mapping[str, KeptChannels], teacher: Mapping[str, KeptChannels]) -> dict[str, KeptChannels] | None:
+    """One step from the network that kept `teacher` to the one that kept `student`, both of the same factory's network.
+
+    `compose(teacher, within(student, teacher))` is `student`. None where the student has a channel that the teacher has
+    not.
+    """
+
+    def places(mine: tuple[int, ...] | None, theirs: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if theirs is None:
+            return mine
+        if mine is None:  # all of the factory's
+            raise KeyError
+        where = {channel: place for place, channel in enumerate(theirs)}
+        return None if mine == theirs else tuple(where[channel] for channel in mine)
+
+    step: dict[str, KeptChannels] = {}
+    for name in {**teacher, **student}:
+        mine, theirs = student.get(name, KeptChannels()), teacher.get(name, KeptChannels())
+        try:
+            outputs, inputs = places(mine.outputs, theirs.outputs), places(mine.inputs, theirs.inputs)
+        except KeyError:
+            return None
+        if outputs is not None or inputs is not None:
+            step[name] = KeptChannels(outputs=outputs, inputs=inputs, groups=mine.groups)
+    return step
+
+
 def compose(first: Mapping[str, KeptChannels], then: Mapping[str, KeptChannels]) -> dict[str, KeptChannels]:
     """`first`, then `then` on what `first` left: one step from the factory's network to the result of both."""
 
@@ -132,7 +164,13 @@ def _grouped(name: str, weight_OIHW: Tensor, outputs: list[int], inputs: list[in
     shapes = {(len(rows.get(group, ())), len(columns.get(group, ()))) for group in {*rows, *columns}}
     if len(shapes) != 1 or 0 in next(iter(shapes)):
         raise ModelError(name, "the groups of a grouped convolution must keep equally many channels")
-    return torch.cat([weight_OIHW[rows[group]][:, columns[group]] for group in sorted(rows)]), len(rows)
+    order = sorted(rows)
+    if len(order) == 1:
+        return weight_OIHW[rows[order[0]]][:, columns[order[0]]], 1
+    # All groups at once: a depthwise convolution has a thousand of them.
+    row_R = torch.tensor([row for group in order for row in rows[group]], device=weight_OIHW.device)
+    column_RI = torch.tensor([columns[group] for group in order for _ in rows[group]], device=weight_OIHW.device)
+    return weight_OIHW[row_R[:, None], column_RI], len(rows)
 
 
 def swap_sides(weight: Tensor, groups: int) -> Tensor:
