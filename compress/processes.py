@@ -69,3 +69,23 @@ def mean(value: float, device: torch.device) -> float:
     total = torch.tensor([value], device=device)
     dist.all_reduce(total)
     return float(total) / dist.get_world_size()
+
+
+def average_gradients(module: torch.nn.Module) -> None:
+    """Puts the mean over all processes in the place of each parameter's gradient; a missing one counts as zero."""
+    if not dist.is_initialized():
+        return
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            dist.all_reduce(gradient)
+            parameter.grad = gradient / dist.get_world_size()
+
+
+def gathered(value: T) -> list[T]:
+    """What each process gives, in the order of ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

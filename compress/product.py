@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -86,6 +86,8 @@ class Product:
     """The last float network, kept when `quantize` replaces it by a fake-quantized one."""
     files: Mapping[str, Path] = field(default_factory=dict)
     """Exported files by name: parent.onnx, float.onnx, int8.onnx and the same with .tflite."""
+    layer_losses: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """What each layer's loss was at the end of the last training with it, by the loss's name; for `carried` weights."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     """What the stage that made this product measured (JSON); not carried on to the next."""
 
@@ -95,22 +97,34 @@ class Product:
         return self.parent or self.network
 
 
+NO_LABEL = -1
+"""The label of an image that has none; cross entropies ignore it."""
+
+
 @dataclass(frozen=True)
 class Batch:
     images_NCHW: Tensor
     """float32, normalised; in memory as `Data.channels_last` says."""
     labels_N: Tensor
-    """int64."""
+    """int64; `NO_LABEL` where an image has none."""
     indices_N: Tensor | None = None
     """int64: which images of the split these are; None where the data does not number them."""
     view: int = 0
     """Which augmentation of its images this is: the same images and view are the same pixels."""
+    epoch: int = 0
+    """Of the training that the batch is used in, counted from 0."""
+    progress: float = 0.0
+    """Part of the training that is over, in [0, 1)."""
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`."""
         indices_N = None if self.indices_N is None else self.indices_N.to(device, non_blocking=True)
-        images_NCHW = self.images_NCHW.to(device, non_blocking=True)
-        return Batch(images_NCHW, self.labels_N.to(device, non_blocking=True), indices_N, self.view)
+        return replace(
+            self,
+            images_NCHW=self.images_NCHW.to(device, non_blocking=True),
+            labels_N=self.labels_N.to(device, non_blocking=True),
+            indices_N=indices_N,
+        )
 
 
 Split = Literal["train", "evaluation"]

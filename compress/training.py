@@ -9,6 +9,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from compress import processes
 from compress.errors import ModelError, TrainingError
-from compress.product import Batch, Run
+from compress.product import NO_LABEL, Batch, Run
 from compress.settings import Settings
 
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -57,9 +58,16 @@ def labels_loss(label_smoothing: float = 0.0) -> Loss:
     """Cross entropy with the labels."""
 
     def loss(module: nn.Module, batch: Batch) -> Tensor:
-        return F.cross_entropy(module(batch.images_NCHW), batch.labels_N, label_smoothing=label_smoothing)
+        return cross_entropy(module(batch.images_NCHW), batch.labels_N, label_smoothing)
 
     return loss
+
+
+def cross_entropy(logits_NK: Tensor, labels_N: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """The mean over the images that have a label; 0 where none has one."""
+    mean = F.cross_entropy(logits_NK, labels_N, ignore_index=NO_LABEL, label_smoothing=label_smoothing)
+    # The mean over no image is NaN.
+    return mean if bool((labels_N != NO_LABEL).any()) else logits_NK.sum() * 0
 
 
 def learning_rate(step: int, *, total: int, warmup: int, peak: float) -> float:
@@ -78,17 +86,25 @@ def fit(
     label: str,
     views: int | None = None,
     after: tuple[float, Callable[[nn.Module], None]] | None = None,
+    companion: nn.Module | None = None,
+    companion_lr: float | None = None,
+    apart: bool = False,
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
     """A trained copy of `module` (CPU, eval mode) and one entry per epoch: epoch, loss, lr, seconds.
 
     Augmentations repeat after `views` epochs, or never. `after` is a part of the training in [0, 1] and what is done to
     the network once that many of its steps are over; it may stop parameters from being trained.
 
-    Runs alone or, where torch.distributed is initialised, as one of `run.world_size` processes that share each batch.
+    `companion` is what `loss` trains along with the network: adaptors, heads, peers, generators. It is trained in
+    place, by the same optimizer (peak learning rate `companion_lr`, or that of the network), and ends on the CPU in
+    eval mode.
+
+    Runs alone or, where torch.distributed is initialised, as one of `run.world_size` processes that share each batch;
+    with `apart` each of them trains a network of its own.
     Raises TrainingError at the first loss that is not finite, naming `label`, epoch and step.
     """
     with memory_kept():
-        return _fit(module, loss, run, settings, label, views, after)
+        return _fit(module, loss, run, settings, label, views, after, companion, companion_lr, apart)
 
 
 def _fit(
@@ -99,6 +115,9 @@ def _fit(
     label: str,
     views: int | None,
     after: tuple[float, Callable[[nn.Module], None]] | None,
+    companion: nn.Module | None,
+    companion_lr: float | None,
+    apart: bool,
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
     student = copy.deepcopy(module)
     if settings.epochs == 0:
@@ -108,6 +127,8 @@ def _fit(
     layout = torch.channels_last if run.data.channels_last else torch.contiguous_format
     student.to(run.device, memory_format=layout)  # type: ignore[call-overload]
     student.train()
+    if companion is not None:
+        companion.to(run.device).train()
     if settings.only:
         _freeze_statistics(student, trained)
     per_process, left = divmod(settings.batch_size, run.world_size)
@@ -134,9 +155,10 @@ def _fit(
     steps = max(1, run.data.count("train") // run.world_size // per_process)
     total = steps * settings.epochs
     warmup = min(round(steps * settings.warmup_epochs), total // 2)
-    optimizer = optimizer_of(student, settings, run.device)
+    optimizer = optimizer_of(student, settings, run.device, companion, companion_lr)
+    peaks = [group["lr"] for group in optimizer.param_groups]
     average = AveragedModel(student, multi_avg_fn=_ema(settings.ema), use_buffers=True) if settings.ema else None
-    wrapped = _wrapped(student, run)
+    wrapped = student if apart else _wrapped(student, run)
     change_at = round(after[0] * total) if after else None
 
     history: list[dict[str, Any]] = []
@@ -146,13 +168,15 @@ def _fit(
         with run.progress.steps(f"{label}  epoch {epoch + 1}/{settings.epochs}", steps) as advance:
             for number, batch in enumerate(epoch_batches(epoch)):
                 lr = learning_rate(step, total=total, warmup=warmup, peak=settings.lr)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
+                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                    group["lr"] = lr * peak / settings.lr
                 if after and step == change_at:
                     optimizer.zero_grad(set_to_none=True)
                     after[1](student)
-                    wrapped = _wrapped(student, run)  # it must know anew which gradients to wait for
-                value = loss(wrapped, batch.to(run.device))
+                    # It must know anew which gradients to wait for.
+                    wrapped = student if apart else _wrapped(student, run)
+                batch = replace(batch.to(run.device), epoch=epoch, progress=step / total)
+                value = loss(wrapped, batch)
                 loss_now = processes.mean(value.item(), run.device)
                 if not math.isfinite(loss_now):
                     raise TrainingError(
@@ -162,8 +186,12 @@ def _fit(
                     )
                 optimizer.zero_grad(set_to_none=True)
                 value.backward()
+                if companion is not None and not apart:
+                    processes.average_gradients(companion)
                 if settings.clip_norm is not None:
                     nn.utils.clip_grad_norm_(student.parameters(), settings.clip_norm)
+                    if companion is not None:
+                        nn.utils.clip_grad_norm_(companion.parameters(), settings.clip_norm)
                 optimizer.step()
                 if average is not None:
                     average.update_parameters(student)
@@ -178,6 +206,8 @@ def _fit(
                 "seconds": time.perf_counter() - began,
             }
         )
+    if companion is not None:
+        companion.to("cpu").eval()
     result = average.module if average is not None else student
     if not all(parameter.isfinite().all() for parameter in result.parameters()):
         raise TrainingError(
@@ -270,12 +300,21 @@ def memory_kept() -> Iterator[None]:
         c.malloc_trim(0)
 
 
-def optimizer_of(module: nn.Module, settings: Fit, device: torch.device) -> torch.optim.Optimizer:
-    trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+def optimizer_of(
+    module: nn.Module,
+    settings: Fit,
+    device: torch.device,
+    companion: nn.Module | None = None,
+    companion_lr: float | None = None,
+) -> torch.optim.Optimizer:
+    """The optimizer of both; each parameter group begins with its own peak learning rate."""
+    groups: list[dict[str, Any]] = []
+    for owner, lr in ((module, settings.lr), (companion, companion_lr or settings.lr)):
+        trained = [p for p in owner.parameters() if p.requires_grad] if owner is not None else []
+        if owner is module or trained:
+            matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+            groups.append({"params": matrices, "weight_decay": settings.weight_decay, "lr": lr})
+            groups.append({"params": vectors, "weight_decay": 0.0, "lr": lr})
     # One pass over all of a parameter's state instead of five to twelve.
     fused = device.type in ("cpu", "cuda") or None
     if settings.optimizer == "adamw":

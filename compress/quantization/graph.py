@@ -14,6 +14,8 @@ from compress.errors import ModelError
 from compress.quantization.attention import expand_attention
 
 CALLS = ("call_module", "call_function", "call_method")
+RESULT_OF = "result_of"
+"""In a node's meta: names of the modules of the original network whose result this node is, containers too."""
 
 
 def trace(module: nn.Module) -> fx.GraphModule:
@@ -23,7 +25,9 @@ def trace(module: nn.Module) -> fx.GraphModule:
     try:
         copied = copy.deepcopy(module).eval()
         expand_attention(copied)
-        graph_module = fx.symbolic_trace(copied, concrete_args=defaults or None)
+        tracer = _Tracer()
+        graph = tracer.trace(copied, defaults or None)
+        graph_module = fx.GraphModule(tracer.root, graph, type(module).__name__)
         _drop_defaults(graph_module)
         _drop_stochastic_depth(graph_module)
         _calls_as_layers(graph_module)
@@ -36,6 +40,21 @@ def trace(module: nn.Module) -> fx.GraphModule:
             f"cannot be traced as one graph ({(str(error).strip().splitlines() or [type(error).__name__])[0]})",
             "its forward must not branch or loop on tensor values or sizes",
         ) from error
+
+
+class _Tracer(fx.Tracer):
+    """Writes down of which modules each node is the result."""
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        result = super().call_module(m, forward, args, kwargs)
+        if isinstance(result, fx.Proxy):
+            result.node.meta[RESULT_OF] = [*result.node.meta.get(RESULT_OF, ()), self.path_of_module(m)]
+        return result
+
+
+def hand_over_results(node: fx.Node, new: fx.Node) -> None:
+    """From now on `new` is what the modules return whose result `node` was."""
+    new.meta[RESULT_OF] = [*new.meta.get(RESULT_OF, ()), *node.meta.pop(RESULT_OF, ())]
 
 
 def _drop_defaults(graph_module: fx.GraphModule) -> None:
@@ -87,6 +106,7 @@ def _calls_as_layers(graph_module: fx.GraphModule) -> None:
             set_module(graph_module, name, layer)
         with graph.inserting_before(node):
             call = graph.call_module(name, (given["input"],))
+        hand_over_results(node, call)
         node.replace_all_uses_with(call)
         for old in (node, *parameters):
             graph.erase_node(old)
@@ -103,6 +123,7 @@ def _drop_stochastic_depth(graph_module: fx.GraphModule) -> None:
     """Removes torchvision's function of that name, which hides from the tracer and does nothing at inference."""
     for node in list(graph_module.graph.nodes):
         if node.op == "call_function" and getattr(node.target, "__name__", "") == "stochastic_depth":
+            hand_over_results(node, node.args[0])
             node.replace_all_uses_with(node.args[0])
             graph_module.graph.erase_node(node)
     graph_module.recompile()

@@ -26,6 +26,7 @@ from compress.quantization.fake_quant import (
 from compress.quantization.fold import fold_batchnorm
 from compress.quantization.graph import (
     CALLS,
+    hand_over_results,
     insert_after,
     is_tensor,
     kind_of,
@@ -226,7 +227,9 @@ class _Grids:
     def _insert(self, node: fx.Node, quantizer: ActivationQuantizer) -> None:
         name = f"grids.{node.name}"
         self.graph_module.add_submodule(name, quantizer)
-        self.grids[insert_after(self.graph_module, node, name)] = name
+        new = insert_after(self.graph_module, node, name)
+        hand_over_results(node, new)
+        self.grids[new] = name
 
     def _own(self, node: fx.Node, layer: str, **how: Any) -> None:
         settings = self.settings

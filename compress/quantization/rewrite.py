@@ -11,7 +11,15 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from compress.errors import ModelError
-from compress.quantization.graph import CALLS, is_in, kind_of, layer_name, set_module, shape_of
+from compress.quantization.graph import (
+    CALLS,
+    hand_over_results,
+    is_in,
+    kind_of,
+    layer_name,
+    set_module,
+    shape_of,
+)
 from compress.quantization.operators import REARRANGE
 
 HARD_SWISH = (nn.Hardswish, F.hardswish)
@@ -60,6 +68,7 @@ def _replace(graph_module: fx.GraphModule, kinds: tuple[object, ...], make: Call
         graph_module.add_submodule(name, make())
         with graph_module.graph.inserting_before(node):
             new = graph_module.graph.call_module(name, (node.all_input_nodes[0],))
+        hand_over_results(node, new)
         node.replace_all_uses_with(new)
         graph_module.graph.erase_node(node)
         changed.append(name)
@@ -187,6 +196,7 @@ def rows_as_matrix(graph_module: fx.GraphModule, keep: Collection[str]) -> None:
                 flattened[source] = graph.call_function(torch.flatten, (source, 0, -2))
         with graph.inserting_after(node):
             back = graph.call_method("reshape", (node, -1, *shape_of(node)[1:]))
+        hand_over_results(node, back)
         node.replace_all_uses_with(back, delete_user_cb=lambda user, back=back: user is not back)
         node.args = (flattened[source],)
     graph_module.recompile()

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 from torch import nn
 
+from compress.data.sample import sample
 from compress.product import Network, Preprocess, Product, Run
 from compress.quantization import Quantization, calibrate, fold_batchnorm, prepare
 from compress.quantization.bias_correction import correct_bias
@@ -15,9 +16,8 @@ from compress.quantization.calibration import Method, calibrate_weights
 from compress.quantization.equalize import find_pairs
 from compress.quantization.fake_quant import hold_grids
 from compress.quantization.rewrite import rewritable
-from compress.stages.distill import Distillation, objective
-from compress.stages.sample import sample
-from compress.training import Fit, fit, reestimated_batchnorm
+from compress.teaching import Distillation, refuse_misfits, teach
+from compress.training import Fit, reestimated_batchnorm
 
 BATCH = 32
 BIAS_BATCHES = 4
@@ -88,6 +88,8 @@ class Quantize(Fit, Quantization):
     def check(self, module: nn.Module, preprocess: Preprocess) -> None:
         """Raises ModelError naming the first layer that has no int8 counterpart; costs no training."""
         prepare(module, self.quantization(), preprocess)
+        if self.distill is not None:
+            refuse_misfits(self.distill, module, preprocess.size, "stage quantize")
 
     def apply(self, product: Product, run: Run) -> Product:
         batches = list(sample(run, self.calibration_images, batch_size=BATCH))
@@ -105,14 +107,13 @@ class Quantize(Fit, Quantization):
         calibrate(prepared, batches, run.device, self.calibration, percentile=self.percentile)
         if self.bias_correction:
             correct_bias(prepared, batches[:BIAS_BATCHES], run.device)
-        loss = objective(self.distill, product, run, label_smoothing=self.label_smoothing)
-        module, history = fit(
+        module, found = teach(
             prepared,
-            loss=loss,
-            run=run,
-            settings=self,
+            self,
+            product,
+            run,
             label="quantize",
-            views=self.distill.views if self.distill else None,
+            by=self.distill,
             after=None if self.hold_grids_after is None else (self.hold_grids_after, hold_grids),
         )
         hold_grids(module, held=False)
@@ -124,5 +125,6 @@ class Quantize(Fit, Quantization):
             network=Network(module, structure),
             parent=product.original,
             float_network=product.network,
-            metrics={"history": history, "calibration_images": sum(len(batch.labels_N) for batch in batches)},
+            layer_losses={**product.layer_losses, **found.get("layer_losses", {})},
+            metrics=found | {"calibration_images": sum(len(batch.labels_N) for batch in batches)},
         )

@@ -8,8 +8,8 @@ from typing import Literal
 from torch import nn
 
 from compress.product import Network, Preprocess, Product, Run
-from compress.stages.distill import Distillation, objective
-from compress.training import Fit, fit, refuse_unmatched
+from compress.teaching import Distillation, refuse_misfits, teach
+from compress.training import Fit, refuse_unmatched
 
 
 class Train(Fit):
@@ -20,10 +20,16 @@ class Train(Fit):
     """Add a teacher; `use: distill` says the same with the block's fields in the stage itself."""
 
     def check(self, module: nn.Module, preprocess: Preprocess) -> None:
-        """Raises ModelError for a pattern that matches no parameter."""
+        """Raises ModelError for a pattern that matches no parameter, or no layer."""
         refuse_unmatched(module, self.only, "train")
+        if self.distill is not None:
+            refuse_misfits(self.distill, module, preprocess.size, "stage train")
 
     def apply(self, product: Product, run: Run) -> Product:
-        loss = objective(self.distill, product, run, label_smoothing=self.label_smoothing)
-        module, history = fit(product.network.module, loss=loss, run=run, settings=self, label="train")
-        return replace(product, network=Network(module, product.network.structure), metrics={"history": history})
+        module, metrics = teach(product.network.module, self, product, run, label="train", by=self.distill)
+        return replace(
+            product,
+            network=Network(module, product.network.structure),
+            layer_losses={**product.layer_losses, **metrics.get("layer_losses", {})},
+            metrics=metrics,
+        )

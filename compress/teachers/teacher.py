@@ -1,0 +1,112 @@
+"""A teacher while it teaches: what all kinds of them have in common."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import ModelError
+from compress.observation import Answers, observe
+from compress.product import Batch, Network, Run
+from compress.quantization import fold_batchnorm
+
+
+class Teacher(Protocol):
+    """Answers a batch; its parameters never move but by its own `follow`."""
+
+    network: Network | None
+    """Where there is one network behind the answers: for kept channels and weights."""
+    related: bool
+    """Whether student and teacher come from one network, so that a channel is the same in both."""
+    fingerprint: str | None
+    """SHA-256 of all that the answers depend on, the image aside; None where they change during the training."""
+
+    def answers(self, batch: Batch, layers: Sequence[str], *, differentiable: bool = False) -> Answers:
+        """Logits and maps for the batch, which lies on the run's device; with a graph only if `differentiable`."""
+        ...
+
+    def follow(self, student: nn.Module, batch: Batch) -> None:
+        """Called before each step with the student as it is then; most teachers do nothing."""
+        ...
+
+
+class Frozen:
+    """A network that answers as it is: in eval mode, on the run's device, from a copy."""
+
+    def __init__(self, network: Network, run: Run, *, related: bool) -> None:
+        self.network: Network | None = network
+        self.related = related
+        self.run = run
+        self.fingerprint: str | None = fingerprint(network)
+        self._folded: nn.Module | None = None
+        self._whole: nn.Module | None = None
+
+    def answers(self, batch: Batch, layers: Sequence[str], *, differentiable: bool = False) -> Answers:
+        module = self.whole if layers or differentiable else self.folded
+        with nullcontext() if differentiable else torch.no_grad():
+            return observe(module, batch.images_NCHW, layers)
+
+    def follow(self, student: nn.Module, batch: Batch) -> None:
+        pass
+
+    @property
+    def folded(self) -> nn.Module:
+        """With BatchNorm in the convolutions, which is faster; the same network where it cannot be traced."""
+        if self._folded is None:
+            assert self.network is not None
+            try:
+                self._folded = on_device(fold_batchnorm(self.network.module), self.run)
+            except ModelError:  # its control flow cannot be traced
+                self._folded = self.whole
+        return self._folded
+
+    @property
+    def whole(self) -> nn.Module:
+        """With all its layers, for losses on what they return."""
+        if self._whole is None:
+            assert self.network is not None
+            self._whole = on_device(copy.deepcopy(self.network.module), self.run)
+        return self._whole
+
+
+def on_device(module: nn.Module, run: Run) -> nn.Module:
+    """`module` itself, frozen, in eval mode, where and how the run's batches lie."""
+    layout = torch.channels_last if run.data.channels_last else torch.contiguous_format
+    module.requires_grad_(False).eval().to(run.device, memory_format=layout)  # type: ignore[call-overload]
+    return module
+
+
+def fingerprint(network: Network) -> str:
+    """SHA-256 over the network's structure and every bit of its state."""
+    found = hashlib.sha256(network.structure.model_dump_json().encode())
+    for name, tensor in network.module.state_dict().items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(_bytes(tensor))
+    return found.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def refuse_other_task(network: Network, run: Run, place: str) -> None:
+    """Raises ModelError where a teacher sees other pixels or knows other classes than the run's data."""
+    if network.structure.preprocess != run.data.preprocess:
+        raise ModelError(
+            place,
+            f"this teacher sees other pixels ({network.structure.preprocess})",
+            "name a network trained with this recipe's `preprocess`",
+        )
+    classes = network.structure.num_classes
+    if classes != len(run.data.labels):
+        raise ModelError(
+            place,
+            f"this teacher knows {classes} classes, the data has {len(run.data.labels)}",
+            "name a network trained on the same classes",
+        )

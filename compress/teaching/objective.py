@@ -1,0 +1,352 @@
+"""The loss of a training stage: the labels, and what a teacher says of the same images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from compress.errors import ModelError
+from compress.losses import LossSettings
+from compress.losses.kd import SoftTargets
+from compress.losses.lesson import NO_LABEL, Facts, FeatureTerm, Lesson
+from compress.models.patterns import matching
+from compress.observation import Answers, observe, stage_ends, unwrapped
+from compress.product import Batch, Product, Run
+from compress.quantization.fake_quant import ActivationQuantizer
+from compress.settings import Settings
+from compress.teachers import TeacherSettings
+from compress.teachers.parent import Parent
+from compress.teachers.teacher import Teacher
+from compress.teaching.cache import Remembered
+from compress.teaching.networks import Counterpart
+from compress.teaching.pairs import Pair, pair_up
+from compress.training import Fit, cross_entropy, fit, labels_loss
+
+Part = Annotated[float, Field(ge=0, le=1)]
+
+
+class Distillation(Settings):
+    """Who teaches, and how: the sum of the weighted losses, and the labels' cross entropy times `labels`."""
+
+    teacher: TeacherSettings = Field(default=Parent(use="parent"), validate_default=True)
+    """`parent` is the network before compression; a text is the folder of a saved network
+    (`runs/other/stages/01-train/network`); other kinds are mappings."""
+    losses: tuple[LossSettings, ...] = Field(default=(SoftTargets(use="kd"),), min_length=1)
+    labels: float = Field(default=0.1, ge=0)
+    """Weight of the cross entropy with the labels."""
+    labels_active: tuple[Part, Part] = (0.0, 1.0)
+    """The part of the training in which the labels count: `[0.3, 1]` leaves them out of the first 30 percent."""
+    views: int | None = Field(default=None, ge=1)
+    """So many different augmentations of each image, repeated in turn epoch by epoch; the teacher then looks at each
+    once, and its answers stay in memory (4 bytes for each image, view and class). null draws new ones for ever."""
+
+
+class Taught(Fit, Distillation):
+    """A training with a teacher: how long, how fast, by whom and with what."""
+
+
+@dataclass
+class _Judge:
+    """One loss with what it needs in this training."""
+
+    term: Any
+    number: int
+    pairs: Sequence[Pair]
+    parts: nn.Module | None
+    weights: Tensor | None
+    """Factors of the layers, or None where all are 1."""
+    sums: Tensor | float = 0.0
+    count: int = 0
+    epoch: int = -1
+
+    def active(self, progress: float) -> bool:
+        begin, end = self.term.active
+        return bool(begin <= progress < end and self.term.weight > 0)
+
+    def keep(self, values: Tensor, epoch: int) -> None:
+        """Adds to the mean of the running epoch, for `layer_losses`."""
+        if epoch != self.epoch:
+            self.sums, self.count, self.epoch = 0.0, 0, epoch
+        self.sums, self.count = self.sums + values.detach(), self.count + 1
+
+
+class Objective:
+    """The loss of one training; `loss` is what `fit` minimises, and schemes put it together from `see` and `judge`."""
+
+    def __init__(
+        self,
+        distillation: Distillation,
+        teacher: Teacher,
+        product: Product,
+        run: Run,
+        student: nn.Module,
+        label_smoothing: float,
+    ) -> None:
+        self.settings, self.teacher, self.run, self.label_smoothing = distillation, teacher, run, label_smoothing
+        self._counterpart = Counterpart(teacher, product.float_network or product.network, run)
+        self._judges = [
+            _judge(number, term, teacher, product, run, student, self._counterpart)
+            for number, term in enumerate(distillation.losses)
+        ]
+        trained = [module for judge in self._judges for module in _trained(judge)]
+        self.companion: nn.Module | None = nn.ModuleList(trained) if trained else None
+        self.layers = tuple(dict.fromkeys(pair.student for judge in self._judges for pair in judge.pairs))
+        self._logits: Callable[[Batch], Tensor] = self._asked
+        if distillation.views:
+            self._remember(distillation.views)
+
+    def _remember(self, views: int) -> None:
+        count, classes = self.run.data.count("train"), len(self.run.data.labels)
+        self._logits = Remembered(self._asked, count, views)
+        self.run.progress.note(
+            f"The teacher's answers to {views} views of {count} images stay in memory "
+            f"({views * count * classes * 4 / 1e6:.3g} MB)."
+        )
+
+    def _asked(self, batch: Batch) -> Tensor:
+        return self.teacher.answers(batch, ()).logits_NK
+
+    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
+        return self.judge(self.see(module, batch), batch, module)
+
+    def see(self, module: nn.Module, batch: Batch, layers: Sequence[str] = ()) -> Answers:
+        """The student's forward pass, with the maps that the losses need and those of `layers`."""
+        active = [judge for judge in self._judges if judge.active(batch.progress)]
+        if any(judge.term.needs_input_gradients for judge in active):
+            batch.images_NCHW.requires_grad_(True)
+        needed = [pair.student for judge in active for pair in judge.pairs]
+        return observe(module, batch.images_NCHW, (*needed, *layers))
+
+    def judge(self, said: Answers, batch: Batch, module: nn.Module, *, again: bool = False) -> Tensor:
+        """The loss of what the student said.
+
+        `again` is for what another network said of the batch, with maps like the student's: the teacher follows the
+        student once a step, `layer_losses` are the student's, and losses on its weights count once.
+        """
+        student = unwrapped(module)
+        if not again:
+            self.teacher.follow(student, batch)
+        total = said.logits_NK.new_zeros(())
+        begin, end = self.settings.labels_active
+        if self.settings.labels and begin <= batch.progress < end:
+            total = total + self.settings.labels * cross_entropy(said.logits_NK, batch.labels_N, self.label_smoothing)
+        active = [judge for judge in self._judges if judge.active(batch.progress)]
+        active = [judge for judge in active if not (again and judge.term.needs_networks)]
+        if not active:
+            return total
+        answers = self._answers(active, said, batch)
+        for judge in active:
+            lesson = self._lesson(judge, said, answers, batch, student)
+            if lesson is None:
+                continue
+            values = judge.term(lesson)
+            if values.ndim:
+                if not again:
+                    judge.keep(values, batch.epoch)
+                values = values if judge.weights is None else values * judge.weights.to(values.device)
+            total = total + judge.term.weight * values.sum()
+        return total
+
+    def _answers(self, active: Sequence[_Judge], said: Answers, batch: Batch) -> Answers:
+        active = [judge for judge in active if judge.term.needs_teacher]
+        if not active:
+            return Answers(said.logits_NK.detach())
+        layers = tuple(dict.fromkeys(pair.teacher for judge in active for pair in judge.pairs))
+        if any(judge.term.needs_input_gradients for judge in active):
+            return self.teacher.answers(batch, layers, differentiable=True)
+        if layers:
+            return self.teacher.answers(batch, layers)
+        return Answers(self._logits(batch))
+
+    def _lesson(
+        self, judge: _Judge, said: Answers, answers: Answers, batch: Batch, student: nn.Module
+    ) -> Lesson | None:
+        # A loss without a teacher is given the student's own maps in its place.
+        theirs = answers.maps if judge.term.needs_teacher else said.maps
+        aligned = [pair.align(said.maps[pair.student], theirs[pair.teacher]) for pair in judge.pairs]
+        lesson = Lesson(
+            student_NK=said.logits_NK,
+            teacher_NK=answers.logits_NK,
+            labels_N=batch.labels_N,
+            student_maps=[mine for mine, _ in aligned],
+            teacher_maps=[theirs for _, theirs in aligned],
+            layers=[pair.student for pair in judge.pairs],
+            parts=judge.parts,
+            images_NCHW=batch.images_NCHW,
+            indices_N=batch.indices_N,
+            progress=batch.progress,
+        )
+        if judge.term.needs_networks:
+            original = self._counterpart.module(student)
+            lesson = replace(lesson, student=student, teacher=original, kept=self._counterpart.kept)
+        return _labelled(lesson) if judge.term.needs_labels else lesson
+
+    def layer_losses(self) -> dict[str, dict[str, float]]:
+        """The mean of each layer's loss in the last epoch, by the loss's name, before weights."""
+        found: dict[str, dict[str, float]] = {}
+        for judge in self._judges:
+            if isinstance(judge.sums, Tensor) and judge.count:
+                means = (judge.sums / judge.count).tolist()
+                names = _names_of_values(judge.term, judge.pairs) if judge.pairs else []
+                if len(names) != len(means):
+                    names = [str(number) for number in range(len(means))]
+                found[judge.term.use] = dict(zip(names, means, strict=True))
+        return found
+
+    def metrics(self) -> dict[str, Any]:
+        """What the training's manifest says of the teacher and of the layers."""
+        losses = self.layer_losses()
+        return {"teacher": self.settings.teacher.model_dump(mode="json")} | ({"layer_losses": losses} if losses else {})
+
+
+def objective(
+    distillation: Distillation,
+    product: Product,
+    run: Run,
+    *,
+    student: nn.Module,
+    label_smoothing: float = 0.0,
+    teacher: Teacher | None = None,
+) -> Objective:
+    """The loss of a training with a teacher, opened here unless one is given; its parameters never move.
+
+    `student` is the network that will be trained: the product's, or the same with fake quantization. Raises ModelError
+    where losses and networks do not fit.
+    """
+    teacher = teacher or distillation.teacher.open(product, run)
+    return Objective(distillation, teacher, product, run, student, label_smoothing)
+
+
+def teach(
+    module: nn.Module,
+    settings: Fit,
+    product: Product,
+    run: Run,
+    *,
+    label: str,
+    by: Distillation | None = None,
+    teacher: Teacher | None = None,
+    after: tuple[float, Callable[[nn.Module], None]] | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A trained copy of `module`, and what its manifest says.
+
+    Who teaches stands in `settings` themselves (`Taught`) or in `by`; without either, only the labels do.
+    """
+    by = settings if isinstance(settings, Distillation) else by
+    if by is None:
+        loss = labels_loss(settings.label_smoothing)
+        trained, history = fit(module, loss=loss, run=run, settings=settings, label=label, after=after)
+        return trained, {"history": history}
+    goal = objective(by, product, run, student=module, label_smoothing=settings.label_smoothing, teacher=teacher)
+    trained, history = fit(
+        module,
+        loss=goal.loss,
+        run=run,
+        settings=settings,
+        label=label,
+        views=by.views,
+        after=after,
+        companion=goal.companion,
+    )
+    return trained, {"history": history} | goal.metrics()
+
+
+def refuse_misfits(distillation: Distillation, module: nn.Module, size: int, place: str) -> None:
+    """Raises ModelError for a layer pattern of a loss that matches nothing in the student; costs no training."""
+    names = [name for name, _ in module.named_modules() if name]
+    for term in distillation.losses:
+        if not isinstance(term, FeatureTerm):
+            continue
+        if term.layers == "auto":
+            stage_ends(module, size)
+        else:
+            for pattern in term.layers:
+                matching(pattern, names, field="layers", place=place)
+
+
+def _judge(
+    number: int,
+    term: Any,
+    teacher: Teacher,
+    product: Product,
+    run: Run,
+    student: nn.Module,
+    counterpart: Counterpart,
+) -> _Judge:
+    place = f"stage {run.stage or 'distill'}: losses.{number} ({term.use})"
+    if term.needs_networks and teacher.network is None:
+        raise ModelError(place, "needs one network as teacher, not several", "choose another teacher")
+    if term.needs_input_gradients and any(isinstance(child, ActivationQuantizer) for child in student.modules()):
+        problem = "differentiates twice, and rounding has no second derivative"
+        raise ModelError(place, problem, "use it in a float stage")
+    network = product.float_network or product.network
+    images = run.data.count("train")
+    if isinstance(term, FeatureTerm):
+        there = teacher.network or network
+        pairs, facts = pair_up(term, network, student, there, place, images=images, related=teacher.related)
+        weights = _layer_weights(term, product, pairs, place)
+    else:
+        pairs, facts, weights = [], Facts((), (), (), network.structure.num_classes, images), None
+        if term.needs_networks:
+            theirs = counterpart.module(student)
+            facts = replace(facts, student=student, teacher=theirs, kept=counterpart.kept)
+    return _Judge(term, number, pairs, term.parts(facts), weights)
+
+
+def _trained(judge: _Judge) -> list[nn.Module]:
+    adaptors = [pair.adaptor for pair in judge.pairs if pair.adaptor is not None]
+    return [*adaptors, *([judge.parts] if judge.parts is not None else [])]
+
+
+def _layer_weights(term: Any, product: Product, pairs: Sequence[Pair], place: str) -> Tensor | None:
+    if term.layer_weights == "equal":
+        return None
+    names = _names_of_values(term, pairs)
+    if term.layer_weights == "carried":
+        before: Mapping[str, float] = product.layer_losses.get(term.use, {})
+        missing = [name for name in names if name not in before]
+        if missing:
+            raise ModelError(
+                place,
+                f"`layer_weights: carried`: no stage before had this loss on {missing[0]}",
+                "distill with the same loss and layers first, or use `equal`",
+            )
+        values = torch.tensor([before[name] for name in names])
+        return values / values.mean().clamp_min(torch.finfo(values.dtype).tiny)
+    if len(term.layer_weights) != len(names):
+        kind = "pairs of layers" if term.between else "layers"
+        raise ModelError(
+            place, f"{len(term.layer_weights)} layer_weights for {len(names)} {kind}", f"they are {', '.join(names)}"
+        )
+    return torch.tensor(term.layer_weights)
+
+
+def _names_of_values(term: FeatureTerm, pairs: Sequence[Pair]) -> list[str]:
+    """What each value that a loss returns belongs to: a layer, or the way from one to the next."""
+    names = [pair.student for pair in pairs]
+    return [f"{a} to {b}" for a, b in pairwise(names)] if term.between else names
+
+
+def _labelled(lesson: Lesson) -> Lesson | None:
+    """The images that have a label; None where there are none."""
+    rows = lesson.labels_N != NO_LABEL
+    if bool(rows.all()):
+        return lesson
+    if not bool(rows.any()):
+        return None
+    return replace(
+        lesson,
+        student_NK=lesson.student_NK[rows],
+        teacher_NK=lesson.teacher_NK[rows],
+        labels_N=lesson.labels_N[rows],
+        student_maps=[values[rows] for values in lesson.student_maps],
+        teacher_maps=[values[rows] for values in lesson.teacher_maps],
+        images_NCHW=None if lesson.images_NCHW is None else lesson.images_NCHW[rows],
+        indices_N=None if lesson.indices_N is None else lesson.indices_N[rows],
+    )
