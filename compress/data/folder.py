@@ -154,6 +154,11 @@ def decode(content: bytes, place: str, enough: int | None = None) -> Image.Image
         raise DataError(place, f"is no readable image ({reason})", "replace or remove it") from None
 
 
+def pictures(tree: Tree) -> list[str]:
+    """All files, sorted, without those that systems leave behind."""
+    return sorted(name for name in tree.files if not _ignored(name))
+
+
 @dataclass(frozen=True)
 class Listing:
     """The images of one folder of classes."""
@@ -167,7 +172,7 @@ def listing(tree: Tree, root: Path, split: str, progress: Progress) -> Listing:
     """The images under `split`, sorted. Raises DataError for a split or a class without any."""
     files: list[str] = []
     beside: list[str] = []
-    for name in sorted(name for name in tree.files if not _ignored(name)):
+    for name in pictures(tree):
         folder, _, rest = name.partition("/")
         if folder == split:
             (files if "/" in rest else beside).append(name)
@@ -239,6 +244,7 @@ def open_folder(
         evaluation=images(evaluation_N),
         augment=settings.augment,
         workers=settings.workers,
+        held=frozenset(held),
     )
 
 

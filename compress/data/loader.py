@@ -8,7 +8,7 @@ of that, and 3.14 no longer does it).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -30,6 +30,8 @@ class Images:
     """int64 (N,): the class of each image."""
     read: Callable[[int, int | None], Image.Image]
     """The RGB image of an index; given a number of pixels, it may come smaller, but no side shorter than that."""
+    first: int = 0
+    """What batches call the image of index 0, where other images have the numbers before."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class ImageData:
     workers: int
     """Threads that prepare batches ahead of their use; 0 prepares each when it is asked for."""
     channels_last: bool = True
+    held: frozenset[str] = frozenset()
+    """SHA-256 of the files of the evaluation; empty where the images are no files."""
 
     def in_nchw(self) -> ImageData:
         """See `compress.product.Data`."""
@@ -72,17 +76,25 @@ class ImageData:
         drawn = epoch if view is None else view
         chosen_N = spread(images.classes, limit, seed)
         groups = shares(chosen_N, batch_size, shuffle=shuffle, seed=seed, epoch=epoch, rank=rank, world_size=world_size)
+        return self.loaded(split, groups, augment=augment, seed=seed, view=drawn)
+
+    def loaded(
+        self, split: Split, groups: Iterable[np.ndarray], *, augment: bool, seed: int, view: int
+    ) -> Generator[Batch, None, None]:
+        """One batch for each group of indices, prepared ahead by the threads."""
+        images = self._images(split)
 
         def load(indices: np.ndarray) -> Batch:
             pixels_NHWC = np.empty((len(indices), self.preprocess.size, self.preprocess.size, 3), np.uint8)
             for row, index in zip(pixels_NHWC, indices.tolist(), strict=True):
-                row[:] = self._augmented(images, index, seed, drawn) if augment else self._exact(images, index)
+                row[:] = self._augmented(images, index, seed, view) if augment else self._exact(images, index)
             images_NHWC = torch.from_numpy(self.preprocess.normalize(pixels_NHWC))
             # Seen as NCHW, memory in the order NHWC is what torch calls channels_last.
             images_NCHW = images_NHWC.permute(0, 3, 1, 2)
             if not self.channels_last:
                 images_NCHW = images_NCHW.contiguous()
-            return Batch(images_NCHW, torch.from_numpy(images.classes[indices]), torch.from_numpy(indices), drawn)
+            labels_N, numbers_N = torch.from_numpy(images.classes[indices]), torch.from_numpy(images.first + indices)
+            return Batch(images_NCHW, labels_N, numbers_N, view)
 
         return ahead(load, groups, self.workers)
 
@@ -94,7 +106,7 @@ class ImageData:
 
     def _augmented(self, images: Images, index: int, seed: int, view: int) -> np.ndarray:
         # numpy pads seeds with zeros: (seed, epoch) of the shuffle is (seed, epoch, 0), hence the + 1.
-        rng = np.random.default_rng((seed, view, index + 1))
+        rng = np.random.default_rng((seed, view, images.first + index + 1))
         enough = int(self.preprocess.size / self.augment.smallest_part) + 1
         return self.augment(images.read(index, enough), self.preprocess, rng)
 
@@ -141,7 +153,9 @@ def shares(
     return np.array_split(share, number)
 
 
-def ahead(load: Callable[[np.ndarray], Batch], groups: list[np.ndarray], workers: int) -> Iterator[Batch]:
+def ahead(
+    load: Callable[[np.ndarray], Batch], groups: Iterable[np.ndarray], workers: int
+) -> Generator[Batch, None, None]:
     """`load(group)` of every group, in order; `workers` threads work up to two groups each ahead."""
     if workers == 0:
         yield from map(load, groups)

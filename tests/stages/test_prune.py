@@ -17,7 +17,8 @@ from compress.measures import layers, macs
 from compress.models.mobilenet_v2 import MobileNetV2Settings, build_mobilenet_v2
 from compress.models.structure import resize, select
 from compress.product import Batch, KeptChannels, Network, Preprocess, Product, Run, Structure
-from compress.stages.prune import Prune, Ranking, choose, root_mean_square_gradients
+from compress.pruning.ranking import root_mean_square_gradients
+from compress.stages.prune import Prune
 
 SIZE = 16
 
@@ -444,21 +445,3 @@ def test_a_quantized_network_is_refused() -> None:
 def test_mistakes_of_the_recipe_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Prune.model_validate_json(json.dumps({"use": "prune", "goal": {"macs": 0.5}, **settings}))
-
-
-def test_choose_removes_the_lowest_blocks_and_puts_back_what_still_fits() -> None:
-    ranked = [
-        Ranking(order=[0, 1, 2, 3], scores=[0.1, 0.2, 0.8, 0.9], widths=[4, 2]),
-        Ranking(order=[0, 1], scores=[0.3, 0.6], widths=[2, 1]),
-    ]
-    prices = [1, 10]
-
-    def cost(stay: list[int]) -> int:
-        return sum(price * count for price, count in zip(prices, stay, strict=True))
-
-    assert choose(ranked, cost, most=24, scope="global") == [4, 2]
-    assert choose(ranked, cost, most=22, scope="global") == [2, 2]
-    # The first block alone is not enough; with the second gone it fits again.
-    assert choose(ranked, cost, most=14, scope="global") == [4, 1]
-    assert choose(ranked, cost, most=12, scope="global") == [2, 1]
-    assert choose(ranked, cost, most=14, scope="local") == [2, 1]

@@ -1,4 +1,4 @@
-"""Training images that a stage looks at without training on them: for calibration, statistics and scores."""
+"""Training images that are looked at without training on them: for calibration, statistics and scores."""
 
 from __future__ import annotations
 
