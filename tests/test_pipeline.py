@@ -179,7 +179,7 @@ def test_weights_of_the_first_stage_load_elsewhere(place):
 def test_the_saved_network_can_teach(place):
     teacher = "run/stages/01-train/network"
     go(place, f"stages=[{{use: distill, epochs: 1, teacher: {teacher}}}]", out="taught")
-    assert manifest(place, "01-distill", "taught")["metrics"]["teacher"] == teacher
+    assert manifest(place, "01-distill", "taught")["metrics"]["teacher"] == {"use": "saved", "path": teacher}
 
 
 def test_a_changed_factory_or_teacher_is_another_input(place):

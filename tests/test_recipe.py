@@ -100,9 +100,9 @@ def test_a_recipe_loads_with_its_defaults(write: Write) -> None:
     [
         (
             ("temperature: 2", "temprature: 2"),
-            "20: stages.2.losses.0.temprature: unknown field; did you mean 'temperature'? kd takes temperature, weight",
+            "20: stages.2.losses.0.temprature: unknown field; did you mean 'temperature'? kd takes weight, active, temperature, standardize",
         ),
-        (("temperature: 2", "zzz: 2"), "20: stages.2.losses.0.zzz: unknown field; kd takes temperature, weight"),
+        (("temperature: 2", "zzz: 2"), "20: stages.2.losses.0.zzz: unknown field; kd takes weight, active, temperature, standardize"),
         (("seed: 3", "sed: 3"), f"2: sed: unknown field; did you mean 'seed'? a recipe takes {KEYS}"),
         (
             ("  - use: prune", "  - use: prun"),
@@ -222,7 +222,7 @@ def test_all_mistakes_are_reported_at_once_in_the_order_of_the_file(write: Write
         "demo.yaml:16: stages.1.goal.macs: missing; goal needs it",
         "demo.yaml:16: stages.1.goal.mac: unknown field; did you mean 'macs'? goal takes macs",
         "demo.yaml:21: stages.2.losses.0.temprature: unknown field; did you mean 'temperature'? "
-        "kd takes temperature, weight",
+        "kd takes weight, active, temperature, standardize",
         "demo.yaml:23: stages.4: verify works on exported files; put an `export` before it",
         "demo.yaml:24: stages.5: benchmark works on exported files; put an `export` before it",
     ]
