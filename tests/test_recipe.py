@@ -47,7 +47,7 @@ stages:
   - use: benchmark
 """
 STAGES = "train, prune, distill, quantize, export, verify, benchmark"
-KEYS = "name, seed, model, data, preprocess, target, stages"
+KEYS = "name, seed, model, data, preprocess, target, stages, report"
 
 Write = Callable[[str | bytes], Path]
 
@@ -100,9 +100,13 @@ def test_a_recipe_loads_with_its_defaults(write: Write) -> None:
     [
         (
             ("temperature: 2", "temprature: 2"),
-            "20: stages.2.losses.0.temprature: unknown field; did you mean 'temperature'? kd takes weight, active, temperature, standardize",
+            "20: stages.2.losses.0.temprature: unknown field; did you mean 'temperature'? "
+            "kd takes weight, active, temperature, standardize",
         ),
-        (("temperature: 2", "zzz: 2"), "20: stages.2.losses.0.zzz: unknown field; kd takes weight, active, temperature, standardize"),
+        (
+            ("temperature: 2", "zzz: 2"),
+            "20: stages.2.losses.0.zzz: unknown field; kd takes weight, active, temperature, standardize",
+        ),
         (("seed: 3", "sed: 3"), f"2: sed: unknown field; did you mean 'seed'? a recipe takes {KEYS}"),
         (
             ("  - use: prune", "  - use: prun"),
@@ -403,6 +407,32 @@ OWN_TEACHER = (
 def test_order(names: str, expected: list[tuple[int, str]]) -> None:
     stages = [{"use": name} for name in names.replace(",", "").split()]
     assert recipes.order_mistakes(stages) == expected
+
+
+def test_teachers_that_no_stage_before_left() -> None:
+    """A stage may learn from those before it, alone or as one of several, and from none after it."""
+    stages = [
+        {"use": "train"},
+        {"use": "distill", "teacher": {"use": "stage", "folder": "01-train"}},
+        {"use": "quantize", "distill": {"teacher": {"use": "several", "teachers": ["parent", {**LATER}]}}},
+        {"use": "distill", "teacher": {**LATER}},
+    ]
+    known = "they are 00-load, 01-train, 02-distill"
+    reason = f"no stage `03-quantize` comes before this one; {known}"
+    assert recipes.teacher_mistakes(stages) == [(("stages", 2, "distill", "teacher"), reason)]
+
+
+LATER = {"use": "stage", "folder": "03-quantize"}
+
+
+def test_layer_weights_are_carried_from_a_stage_before() -> None:
+    carried = {"use": "attention", "layer_weights": "carried"}
+    stages = [
+        {"use": "distill", "losses": [carried, {"use": "kd"}]},
+        {"use": "quantize", "distill": {"losses": [carried]}},
+    ]
+    reason = "no stage before has the loss `attention` whose layers it would weigh; use equal"
+    assert recipes.teacher_mistakes(stages) == [(("stages", 0, "losses", 0, "layer_weights"), reason)]
 
 
 AGAIN = "nothing is pruned before this export, so it would be the parent's file again; leave float out"

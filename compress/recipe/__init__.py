@@ -32,11 +32,31 @@ from compress.settings import Settings
 from compress.stages import StageSettings
 from compress.stages.export import SIMULATED
 from compress.targets import TargetSettings
+from compress.teachers.stage import mistake
 
-__all__ = ["Recipe", "describe", "dump", "kind_mistakes", "load", "notes", "order_mistakes", "recipe_hash", "schema"]
+__all__ = [
+    "Recipe",
+    "describe",
+    "dump",
+    "kind_mistakes",
+    "load",
+    "notes",
+    "order_mistakes",
+    "recipe_hash",
+    "schema",
+    "teacher_mistakes",
+]
 
 CHANGES = ("train", "prune", "distill", "quantize")
 """Stages that return another network than they got."""
+
+
+class ReportSettings(Settings):
+    """What the report says beyond what the stages left."""
+
+    ablate_distillation: bool = False
+    """After the last stage, train the same network without any teacher, in `controls/no_distillation` of the run's
+    folder, and show what distillation gained or lost. Stages before the first with a teacher do not run again."""
 
 
 class Recipe(Settings):
@@ -56,10 +76,16 @@ class Recipe(Settings):
     """The machine that measures speed."""
     stages: tuple[StageSettings, ...] = Field(min_length=1)
     """What happens to the network, first to last."""
+    report: ReportSettings = ReportSettings()
+    """What the report says beyond that."""
 
     @model_validator(mode="after")
     def _stages_in_order(self) -> Self:
-        mistakes = _between_stages([stage.model_dump(mode="json") for stage in self.stages])
+        stages = [stage.model_dump(mode="json") for stage in self.stages]
+        mistakes = _between_stages(stages)
+        if self.report.ablate_distillation and not any(map(_distills, stages)):
+            reason = "no stage has a teacher, so there is nothing to leave out; add a `distill`, or take this away"
+            mistakes.append((("report", "ablate_distillation"), reason))
         if mistakes:
             text = "; ".join(f"{dotted(keys)}: {reason}" for keys, reason in mistakes)
             raise PydanticCustomError(SEVERAL, "{text}", {"text": text, "mistakes": mistakes})
@@ -109,6 +135,9 @@ def order_mistakes(stages: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]
         if _teacher(stage) == "parent" and not last.keys() & {"prune", "quantize"}:
             problem = "nothing is pruned or quantized yet, so the teacher `parent` is the student itself"
             mistakes.append((index, f"{problem}; move this stage down or name another teacher"))
+        if use == "knowledge" and not last.keys() & {"prune", "quantize"}:
+            problem = "nothing is pruned or quantized yet, so the network would be compared with itself"
+            mistakes.append((index, f"{problem}; move this stage down"))
         if use in ("verify", "benchmark") and "export" not in last:
             mistakes.append((index, f"{use} works on exported files; put an `export` before it"))
         elif use == "verify" and (changed := max((last[c] for c in CHANGES if c in last), default=-1)) > last["export"]:
@@ -146,10 +175,43 @@ def kind_mistakes(stages: Sequence[Mapping[str, Any]]) -> list[tuple[Keys, str]]
     return mistakes
 
 
+def teacher_mistakes(stages: Sequence[Mapping[str, Any]]) -> list[tuple[Keys, str]]:
+    """(keys, reason) of each teacher, and each weight of a layer, that no stage before provides."""
+    mistakes: list[tuple[Keys, str]] = []
+    weighed: set[Any] = set()
+    for index, stage in enumerate(stages):
+        inside: Keys = () if stage["use"] == "distill" else ("distill",)
+        block = stage if stage["use"] == "distill" else stage.get("distill")
+        if not isinstance(block, Mapping):
+            continue
+        before = [earlier["use"] for earlier in stages[:index]]
+        for folder in _stages_that_teach(block.get("teacher")):
+            if reason := mistake(folder, before):
+                mistakes.append((("stages", index, *inside, "teacher"), reason))
+        losses = block.get("losses")
+        own = [loss for loss in losses if isinstance(loss, Mapping)] if isinstance(losses, (list, tuple)) else []
+        for place, loss in enumerate(own):
+            if loss.get("layer_weights") == "carried" and loss.get("use") not in weighed:
+                reason = f"no stage before has the loss `{loss.get('use')}` whose layers it would weigh; use equal"
+                mistakes.append((("stages", index, *inside, "losses", place, "layer_weights"), reason))
+        weighed |= {loss.get("use") for loss in own}
+    return mistakes
+
+
+def _stages_that_teach(teacher: Any) -> list[str]:
+    """The folders of earlier stages that a teacher of a recipe names."""
+    if not isinstance(teacher, Mapping):
+        return []
+    several = teacher.get("teachers")
+    inner = [name for one in several for name in _stages_that_teach(one)] if isinstance(several, (list, tuple)) else []
+    folder = teacher.get("folder")
+    return [*([folder] if teacher.get("use") == "stage" and isinstance(folder, str) else []), *inner]
+
+
 def _between_stages(stages: Sequence[Mapping[str, Any]]) -> list[tuple[Keys, str]]:
     """(keys, reason) of what is wrong with a stage because of those before it."""
     order: list[tuple[Keys, str]] = [(("stages", index), reason) for index, reason in order_mistakes(stages)]
-    return order + kind_mistakes(stages)
+    return order + kind_mistakes(stages) + teacher_mistakes(stages)
 
 
 def _simulated(stage: Mapping[str, Any]) -> str:
@@ -160,7 +222,13 @@ def _simulated(stage: Mapping[str, Any]) -> str:
 def _teacher(stage: Mapping[str, Any]) -> Any:
     """Whom a training stage learns from, or None."""
     block = stage if stage["use"] == "distill" else stage.get("distill") if stage["use"] == "train" else None
-    return block.get("teacher", "parent") if isinstance(block, Mapping) else None
+    teacher = block.get("teacher", "parent") if isinstance(block, Mapping) else None
+    return teacher.get("use") if isinstance(teacher, Mapping) else teacher
+
+
+def _distills(stage: Mapping[str, Any]) -> bool:
+    """Whether a stage, as a recipe says it, has a teacher."""
+    return stage["use"] == "distill" or stage.get("distill") is not None
 
 
 def _order_of_invalid(stages: Any) -> list[Mistake]:
@@ -189,6 +257,13 @@ def notes(recipe: Recipe) -> list[str]:
     for stage in recipe.stages:
         if stage.use == "quantize" and (bits := _simulated(stage.model_dump(mode="json"))):
             found.append(f"{SIMULATED.format(bits=bits)}: no int8 file is written")
+    if recipe.report.ablate_distillation:
+        stages = [stage.model_dump(mode="json") for stage in recipe.stages]
+        first = next(index for index, stage in enumerate(stages) if _distills(stage))
+        again = ", ".join(name for name in names[first:] if name != "benchmark")
+        found.append(f"ablate_distillation runs once more, without a teacher: {again}")
+        if "knowledge" not in names:
+            found.append("ablate_distillation compares accuracy alone; a `knowledge` stage measures what else differs")
     return found
 
 
@@ -221,8 +296,8 @@ def _laid_out(value: Any) -> Any:
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """SHA-256 of all settings, defaults included, but the `name`: it says where results go, not what they are."""
-    settings = recipe.model_dump(mode="json", exclude={"name"})
+    """SHA-256 of all settings, defaults included, but `name` and `report`: they do not say what the results are."""
+    settings = recipe.model_dump(mode="json", exclude={"name", "report"})
     return hashlib.sha256(json.dumps(settings, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
