@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
+from pydantic import model_validator
 from torch import nn
 
 from compress.product import Network, Preprocess, Product, Run
@@ -19,6 +20,12 @@ class Distill(Taught):
     use: Literal["distill"]
     scheme: SchemeSettings | None = None
     """How the training goes where more is trained than the student by a teacher that stays as it is."""
+
+    @model_validator(mode="after")
+    def _generated_images_come_once(self) -> Distill:
+        if self.views and self.scheme is not None and self.scheme.use in ("data_free", "hard_examples"):
+            raise ValueError(f"`views`: the images that `{self.scheme.use}` generates never come a second time")
+        return self
 
     def check(self, module: nn.Module, preprocess: Preprocess) -> None:
         """Raises ModelError for a pattern that matches no parameter, or no layer, and for what the scheme refuses."""
