@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from compress.losses.embeddings import as_maps, refuse_unless_embedded, width
 from compress.losses.lesson import Facts, FeatureTerm, Lesson
 from compress.losses.maps import refuse_unless_equal
+from compress.models.patterns import Pattern
 
 
 def discriminator_loss(on_student: Tensor, on_teacher: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ class Adversarial(FeatureTerm):
     use: Literal["adversarial"]
     on: Literal["logits", "features"] = "logits"
     """What the discriminator sees."""
-    layers: Literal["auto"] | tuple[str, ...] | dict[str, str] = ()
+    layers: Literal["auto"] | tuple[Pattern, ...] | dict[str, str] = ()
     """Where it sees features; none for logits."""
     hidden: int = Field(default=128, ge=1)
     """Width of the discriminator."""

@@ -1,7 +1,9 @@
 """Attention transfer by gradients: Zagoruyko & Komodakis, 2017 (arXiv:1612.03928), section 3.2.
 
-Both losses differentiate a gradient (double backward), so a step costs about three times as much, and every operator
-needs a second derivative: torch's have one, the fake quantization of this package has none. For float training only.
+Both losses differentiate a gradient (double backward), so every operator needs a second derivative: torch's have one,
+the fake quantization of this package has none. For float training only. A step takes several times as long, above all
+with grouped convolutions, which torch differentiates twice group by group: 3.5 s for `attention_gradient` and 6.2 s for
+`gradient_symmetry` where `kd` takes 0.6 s (64 images of 96 px, MobileNetV2 and a third of it, one core).
 """
 
 from __future__ import annotations

@@ -26,10 +26,9 @@ def noise_contrastive(positive_N: Tensor, negative_NK: Tensor, counts_NK: Tensor
     """-log of the probability of telling positives and negatives right (NCE), summed over K, batch mean; equation 18.
 
     Scores are logarithms log g, and a score is told a positive with the probability g / (g + m / images), where m is
-    the row's number of negatives; only those count where `counts_NK` is True. At least 0.
+    the row's number of negatives; only those count where `counts_NK` is True. At least 0, and 0 for a row without any.
     """
-    negatives_N = counts_NK.sum(1).clamp(min=1)  # a row without any has only its positive
-    noise_N = (negatives_N.to(positive_N.dtype) / images).log()
+    noise_N = (counts_NK.sum(1).to(positive_N.dtype) / images).log()
     missed_N = F.softplus(noise_N - positive_N)
     mistaken_NK = F.softplus(negative_NK - noise_N[:, None])
     return missed_N.mean() + torch.where(counts_NK, mistaken_NK, 0).sum() / len(positive_N)
@@ -70,18 +69,14 @@ class Contrast(nn.Module):
         # The labels come with the batches: an image not yet seen has noise in the banks, which is nobody's class.
         self.register_buffer("labels_M", torch.full((images,), NO_LABEL))
         self.register_buffer("log_norms", torch.full((2,), math.nan))
-        self.unsaved: tuple[Tensor, Tensor, Tensor] | None = None
 
     @torch.no_grad()
-    def save(self, momentum: float) -> None:
-        """Moves the last batch into the banks. Not earlier: its gradients need the banks as they were."""
-        if self.unsaved is None:
-            return
-        indices_N, *embeddings_ND = self.unsaved
-        for bank_MD, latest_ND in zip((self.student_bank_MD, self.teacher_bank_MD), embeddings_ND, strict=True):
+    def save(self, indices_N: Tensor, student_ND: Tensor, teacher_ND: Tensor, momentum: float) -> None:
+        """Mixes a batch into the banks. As new tensors: the gradients of the batch need the banks as they were."""
+        for name, latest_ND in (("student_bank_MD", student_ND), ("teacher_bank_MD", teacher_ND)):
+            bank_MD = getattr(self, name)
             mixed_ND = momentum * bank_MD[indices_N] + (1 - momentum) * latest_ND
-            bank_MD[indices_N] = unit(mixed_ND, dim=1)
-        self.unsaved = None
+            setattr(self, name, bank_MD.index_copy(0, indices_N, unit(mixed_ND, dim=1)))
 
     def forward(
         self,
@@ -94,8 +89,7 @@ class Contrast(nn.Module):
         negatives: int,
         momentum: float,
     ) -> Tensor:
-        """The loss of both directions, added. The embeddings reach the banks with the next batch."""
-        self.save(momentum)
+        """The loss of both directions, added; then the banks take the batch in."""
         known_N = labels_N != NO_LABEL
         self.labels_M[indices_N[known_N]] = labels_N[known_N]
         allowed_NM = (self.labels_M != labels_N[:, None]) | ~known_N[:, None]
@@ -113,7 +107,7 @@ class Contrast(nn.Module):
                 self.log_norms[direction] = log_norm(positive_N, negative_NK, counts_NK, len(bank_MD))
             norm = self.log_norms[direction]
             total = total + noise_contrastive(positive_N - norm, negative_NK - norm, counts_NK, len(bank_MD))
-        self.unsaved = indices_N, student_ND.detach(), teacher_ND.detach()
+        self.save(indices_N, student_ND, teacher_ND, momentum)
         return total
 
 

@@ -129,8 +129,11 @@ class Cached:
                 logits = self.ask(batch).float().cpu().numpy()
                 if logits.shape[1] != self.classes:
                     raise DataError(path, f"a teacher of {logits.shape[1]} classes for data of {self.classes}")
+                # Before the lock, which holds up all others; what they answer meanwhile is left as they wrote it.
+                places = np.flatnonzero(rows["check"] == 0).tolist()
+                new = {place: self._row(path, numbers[place], logits[place], batch, place) for place in places}
                 with self._locked(fcntl.LOCK_EX):
-                    self._write(path, numbers, logits, batch.images_NCHW)
+                    self._write(path, numbers, new)
                     rows = self._read(path, numbers)
         except OSError as error:
             raise DataError(path, f"cannot be read or written ({error.strerror})", "leave `cache` out") from error
@@ -180,8 +183,14 @@ class Cached:
                 )
         return rows
 
-    def _write(self, path: Path, numbers: list[int], logits_NK: np.ndarray, images_NCHW: Tensor) -> None:
-        """Adds what is not known yet; whoever calls holds the lock that excludes the others."""
+    def _row(self, path: Path, number: int, logits_K: np.ndarray, batch: Batch, place: int) -> bytes:
+        row = np.zeros((), self.row)
+        row["logits"], row["pixels"] = logits_K, _pixels(batch.images_NCHW[place])
+        row["check"] = _check(path, number, row)
+        return row.tobytes()
+
+    def _write(self, path: Path, numbers: list[int], new: Mapping[int, bytes]) -> None:
+        """Adds what is not known yet of the rows at these places; whoever calls holds the lock that excludes others."""
         size = self.row.itemsize
         if not path.exists():
             started = path.with_name(path.name + ".tmp")
@@ -190,12 +199,9 @@ class Cached:
             os.replace(started, path)
         known = self._read(path, numbers)["check"]
         with path.open("r+b", buffering=0) as file:
-            for place in np.flatnonzero(known == 0).tolist():
-                row = np.zeros((), self.row)
-                row["logits"], row["pixels"] = logits_NK[place], _pixels(images_NCHW[place])
-                row["check"] = _check(path, numbers[place], row)
+            for place, row in new.items():
                 # The check comes last in the row, so a row that was written in part has none.
-                if os.pwrite(file.fileno(), row.tobytes(), numbers[place] * size) != size:
+                if not known[place] and os.pwrite(file.fileno(), row, numbers[place] * size) != size:
                     raise OSError(0, "written in part")
 
     def _refuse_cut(self, path: Path, file: BinaryIO) -> None:
@@ -257,7 +263,8 @@ def _numbers(batch: Batch, field: str) -> Tensor:
 
 
 def _pixels(image_CHW: Tensor) -> int:
-    return zlib.crc32(image_CHW.detach().cpu().contiguous().numpy().tobytes())
+    image_HWC = image_CHW.detach().cpu().permute(1, 2, 0)  # no copy where the batch is channels_last
+    return zlib.crc32(image_HWC.contiguous().numpy().data)
 
 
 def _check(path: Path, number: int, row: np.ndarray) -> int:

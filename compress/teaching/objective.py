@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from compress.data.unlabeled import numbered
 from compress.errors import ModelError
 from compress.losses import LossSettings
 from compress.losses.kd import SoftTargets
@@ -286,7 +287,7 @@ def _judge(
         problem = "differentiates twice, and rounding has no second derivative"
         raise ModelError(place, problem, "use it in a float stage")
     network = product.float_network or product.network
-    images = run.data.count("train")
+    images = numbered(run.data)
     if isinstance(term, FeatureTerm):
         there = teacher.network or network
         pairs, facts = pair_up(term, network, student, there, place, images=images, related=teacher.related)

@@ -128,6 +128,13 @@ def test_dead_maps(count):
     assert all((maps.grad == 0).all() for maps in student)  # the last: both dead
 
 
+def test_a_dead_map_has_no_vector_and_asks_for_none():
+    alive, dead = torch.rand(2, 5, 3), torch.zeros(2, 5, 3)
+    assert not first_vector(dead).any()
+    assert not aligned_vector(dead, first_vector(alive)).any()
+    assert not aligned_vector(alive, first_vector(dead)).any()
+
+
 def test_not_a_number_stays_one():
     student = [torch.rand(2, 2, 3, 3), torch.full((2, 3, 2, 2), torch.nan)]
     teacher = [torch.rand(2, 2, 3, 3), torch.rand(2, 3, 2, 2)]

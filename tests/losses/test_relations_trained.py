@@ -108,7 +108,7 @@ def test_vid_learns_what_the_student_tells_about_the_teacher():
     teacher[0][:, 3] = torch.randn(8, 4, 4)  # what it cannot tell
     loss = VID(use="vid")
     parts = loss.parts(facts(SHAPES[:1], WIDER[:1]))
-    seen = trained(parts.parameters(), lambda: loss(lesson(student, teacher, parts)).sum(), steps=300, lr=0.03)
+    seen = trained(parts.parameters(), lambda: loss(lesson(student, teacher, parts)).sum(), steps=150, lr=0.05)
     assert seen[-1] < seen[0] - 0.5
     variances = torch.nn.functional.softplus(parts[0].scale_C) + EPS
     assert variances[3] > 5 * variances[:3].max()
@@ -176,7 +176,7 @@ def test_the_paraphraser_learns_to_rebuild_and_the_translator_to_translate():
     student = [teacher[0][:, :2] * 2]
     loss = FactorTransfer(use="factor_transfer", reconstruction=1.0)
     parts = loss.parts(facts(SHAPES[:1], WIDER[:1]))
-    first = trained(parts.parameters(), lambda: loss(lesson(student, teacher, parts)).sum(), steps=300, lr=0.02)
+    first = trained(parts.parameters(), lambda: loss(lesson(student, teacher, parts)).sum(), steps=150, lr=0.03)
     assert first[-1] < 0.25 * first[0]
 
     def distance():
@@ -202,12 +202,12 @@ def test_nce_against_numpy():
     assert got.item() == pytest.approx(expected / 4, rel=1e-12)
 
 
-def test_nce_without_any_negative_is_finite():
+def test_nce_without_any_negative_is_zero():
     positive, negative = torch.zeros(2, requires_grad=True), torch.zeros(2, 3, requires_grad=True)
     value = noise_contrastive(positive, negative, torch.zeros(2, 3, dtype=torch.bool), 3)
     value.backward()
-    assert value.isfinite()
-    assert positive.grad.isfinite().all()
+    assert value == 0
+    assert not positive.grad.any()
     assert not negative.grad.any()
 
 
@@ -293,9 +293,17 @@ def test_crds_gradients():
 
 def test_crds_banks_do_not_change_under_its_gradient():
     loss, parts, student, teacher = crd_and_batch()
-    for _ in range(3):  # autograd refuses a bank that was written between use and backward
-        loss(lesson(student, teacher, parts, indices_N=torch.arange(4))).sum().backward()
+    indices_N = torch.arange(4)
+    loss(lesson(student, teacher, parts, indices_N=indices_N))  # finds the constants
+    before = copy.deepcopy(parts)
+    # Twice before the gradient, as for what two networks say of a batch; autograd refuses what was overwritten.
+    first, second = (loss(lesson(student, teacher, parts, indices_N=indices_N)).sum() for _ in range(2))
+    weights = list(parts.parameters())
+    alone = loss(lesson(student, teacher, before, indices_N=indices_N)).sum()
+    torch.testing.assert_close(gradients(first, weights), gradients(alone, list(before.parameters())))
+    second.backward()
     assert parts[0].student_bank_MD[:4].norm(dim=1).tolist() == pytest.approx([1] * 4)
+    torch.testing.assert_close(parts[0].student_bank_MD[4:], before[0].student_bank_MD[4:], rtol=0, atol=0)
 
 
 def test_crd_learns_to_tell_images_apart():
@@ -399,13 +407,13 @@ def test_the_discriminator_separates_and_the_student_follows(on):
         loss = Adversarial(use="adversarial", hidden=16)
         parts = loss.parts(facts())
     known = lesson([student], [teacher], parts, logits=(student, teacher))
-    trained(parts.parameters(), lambda: loss(known).sum(), steps=150, lr=0.01)
+    trained(parts.parameters(), lambda: loss(known).sum(), steps=100, lr=0.015)
     features = [x if on == "logits" else x[:, :, None, None] for x in (student, teacher)]
     scores = [parts[0](x).flatten() for x in features]
     assert (scores[0] < 0).float().mean() > 0.9
     assert (scores[1] > 0).float().mean() > 0.9
     away = (student.mean(0) - teacher.mean(0)).norm().item()
-    trained([student, *parts.parameters()], lambda: loss(known).sum(), steps=150, lr=0.01)
+    trained([student, *parts.parameters()], lambda: loss(known).sum(), steps=100, lr=0.015)
     assert (student.mean(0) - teacher.mean(0)).norm().item() < 0.5 * away
 
 
