@@ -253,8 +253,12 @@ def table(found: Sequence[Row]) -> str:
     lines = ["| | ms | MB | layers | |", "|---|---|---|---|---|"]
     for row in found:
         passes = "with the networks' forward passes" if row.passes else ""
-        lines.append(f"| {row.name} | {row.ms:.3g} | {row.megabytes:.3g} | {row.layers or ''} | {passes} |")
+        lines.append(f"| {row.name} | {short(row.ms)} | {short(row.megabytes)} | {row.layers or ''} | {passes} |")
     return "\n".join(lines)
+
+
+def short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
 
 
 def main() -> None:
@@ -281,7 +285,7 @@ a MobileNetV2 pruned to a third of its MACs, and the whole one as its teacher.
 
 {table(found)}
 
-{cpu_name()}, {options.threads} thread{"s" if options.threads > 1 else ""}; torch {torch.__version__}.
+{machine(options.threads)}; torch {torch.__version__}.
 
     {" ".join(["python", "benchmarks/distillation_cost.py", *sys.argv[1:]])}
 """
@@ -290,11 +294,12 @@ a MobileNetV2 pruned to a third of its MACs, and the whole one as its teacher.
         (HERE / "distillation_cost.md").write_text(text)
 
 
-def cpu_name() -> str:
+def machine(threads: int) -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {threads} of {os.cpu_count()} cores, load average {os.getloadavg()[0]:.0f}"
 
 
 if __name__ == "__main__":

@@ -69,6 +69,7 @@ class GradientSymmetry(Term):
 
     needs_input_gradients = True
     needs_networks = True
+    needs_teacher = False
 
     use: Literal["gradient_symmetry"]
     weight: float = Field(default=1.0, ge=0)

@@ -17,7 +17,7 @@ from compress.losses import LossSettings
 from compress.losses.kd import SoftTargets
 from compress.losses.lesson import NO_LABEL, Facts, FeatureTerm, Lesson
 from compress.models.patterns import matching
-from compress.observation import Answers, observe, stage_ends, unwrapped
+from compress.observation import Answers, before_activations, observe, stage_ends, unwrapped
 from compress.product import Batch, Product, Run
 from compress.quantization.fake_quant import ActivationQuantizer
 from compress.settings import Settings
@@ -184,7 +184,7 @@ class Objective:
             progress=batch.progress,
         )
         if judge.term.needs_networks:
-            original = self._counterpart.module(student)
+            original = self._counterpart.module(student) if judge.term.needs_teacher else None
             lesson = replace(lesson, student=student, teacher=original, kept=self._counterpart.kept)
         return _labelled(lesson) if judge.term.needs_labels else lesson
 
@@ -262,12 +262,12 @@ def refuse_misfits(distillation: Distillation, module: nn.Module, size: int, pla
     """Raises ModelError for a layer pattern of a loss that matches nothing in the student; costs no training."""
     names = [name for name, _ in module.named_modules() if name]
     for term in distillation.losses:
-        if not isinstance(term, FeatureTerm):
-            continue
-        if term.layers == "auto":
-            stage_ends(module, size)
+        layers = getattr(term, "layers", ())
+        if layers == "auto":
+            if isinstance(term, FeatureTerm):
+                (before_activations if term.where == "activations" else stage_ends)(module, size)
         else:
-            for pattern in term.layers:
+            for pattern in layers or ():
                 matching(pattern, names, field="layers", place=place)
 
 
@@ -281,7 +281,7 @@ def _judge(
     counterpart: Counterpart,
 ) -> _Judge:
     place = f"stage {run.stage or 'distill'}: losses.{number} ({term.use})"
-    if term.needs_networks and teacher.network is None:
+    if term.needs_networks and term.needs_teacher and teacher.network is None:
         raise ModelError(place, "needs one network as teacher, not several", "choose another teacher")
     if term.needs_input_gradients and any(isinstance(child, ActivationQuantizer) for child in student.modules()):
         problem = "differentiates twice, and rounding has no second derivative"
@@ -295,7 +295,7 @@ def _judge(
     else:
         pairs, facts, weights = [], Facts((), (), (), network.structure.num_classes, images), None
         if term.needs_networks:
-            theirs = counterpart.module(student)
+            theirs = counterpart.module(student) if term.needs_teacher else None
             facts = replace(facts, student=student, teacher=theirs, kept=counterpart.kept)
     return _Judge(term, number, pairs, term.parts(facts), weights)
 
