@@ -144,6 +144,10 @@ def _indices(
     automatic = term.adaptor == "auto" and term.same_width and related
     if not (automatic or term.adaptor == "kept") or _architecture(student) != _architecture(teacher):
         return {}
+    if student.structure.kept == teacher.structure.kept:  # the same shape, whether it can be traced or not
+        shapes = _shapes(teacher.module, [theirs for _, theirs in names], teacher.structure.preprocess.size)
+        widths = {theirs: shape[_axis_of(shape)] for theirs, shape in shapes.items()}
+        return {mine: torch.arange(widths[theirs]) if mine == theirs else None for mine, theirs in names}
     here = channels(student, [name for name, _ in names])
     there = channels(teacher, [name for _, name in names])
     return {mine: kept(here[mine], there[theirs]) for mine, theirs in names}
