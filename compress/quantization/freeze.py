@@ -7,6 +7,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -23,8 +24,37 @@ from compress.quantization.fake_quant import (
     swap_channels,
     weight_integers,
 )
-from compress.quantization.graph import CALLS, insert_after, is_in, is_tensor, kind_of, layer_name, set_module, shape_of
-from compress.quantization.operators import AVERAGE, INTERPOLATE, PASS, QUANTIZED, Role, role_of
+from compress.quantization.graph import (
+    CALLS,
+    insert_after,
+    is_in,
+    is_tensor,
+    kind_of,
+    layer_name,
+    operands,
+    set_module,
+    shape_of,
+)
+from compress.quantization.joint_grids import Joint, settled_scale
+from compress.quantization.operators import (
+    ADD,
+    AVERAGE,
+    CONCATENATE,
+    INTERPOLATE,
+    MULTIPLY,
+    PASS,
+    QUANTIZED,
+    SUBTRACT,
+    Role,
+    role_of,
+)
+
+JOINTS: dict[Joint, tuple[Any, ...]] = {
+    "sum": ADD,
+    "difference": SUBTRACT,
+    "product": MULTIPLY,
+    "concatenation": CONCATENATE,
+}
 
 TIES = 2**-10
 """How far a grid is moved to avoid them."""
@@ -91,7 +121,8 @@ def freeze(prepared: fx.GraphModule) -> Frozen:
     """The eval-mode network with plain layers whose weights and biases are whole multiples of their scales.
 
     A tensor that is only rearranged is put on its grid again, so that each operator stands between two grids and a
-    runtime can fuse it to an integer kernel. `prepared` is not changed.
+    runtime can fuse it to an integer kernel. Grids are those of `prepared`, but for the scales of sums and their like,
+    which move by up to 2**-10 of themselves to where runtimes agree (`joint_grids`). `prepared` is not changed.
     Raises ModelError for grids of fewer than 8 bits, which no runtime here computes with.
     """
     if any(getattr(layer, "bits", 8) != 8 for layer in prepared.modules()):
@@ -113,12 +144,8 @@ def freeze(prepared: fx.GraphModule) -> Frozen:
             continue
         kind = kind_of(node, modules)
         if isinstance(kind, ActivationQuantizer):
-            scale, zero_point = kind.grid()
-            averaged = node.args[0]
-            computes = averaged not in grids and averaged.op in CALLS
-            if computes and is_in(kind_of(averaged, modules), (*AVERAGE, *INTERPOLATE)):
-                scale = _without_ties(scale, grids.get(averaged.all_input_nodes[0]))
-            grids[node] = _add_grid(module, node, Grid(unused(kind.layer), scale, zero_point))
+            scale = _scale(kind, node.args[0], grids, modules)
+            grids[node] = _add_grid(module, node, Grid(unused(kind.layer), scale, kind.grid()[1]))
         elif isinstance(kind, QUANTIZED):
             layer = _plain(kind, grids[node.args[0]].scale)
             set_module(module, node.target, layer[0])
@@ -143,6 +170,24 @@ def freeze(prepared: fx.GraphModule) -> Frozen:
     module.recompile()
     output = next(node for node in module.graph.nodes if node.op == "output").all_input_nodes[0]
     return Frozen(module.eval(), integers, grids.get(output))
+
+
+def _scale(
+    quantizer: ActivationQuantizer, source: fx.Node, grids: dict[fx.Node, Grid], modules: dict[str, nn.Module]
+) -> float:
+    """The quantizer's, moved a little where runtimes would round the result of `source` in ways of their own."""
+    scale, zero_point = quantizer.grid()
+    if quantizer.fixed or source in grids or source.op not in CALLS:
+        return scale
+    kind, read = kind_of(source, modules), [grids.get(operand) for operand in operands(source)]
+    if is_in(kind, (*AVERAGE, *INTERPOLATE)):
+        return _without_ties(scale, read[0])
+    joint = next((joint for joint, table in JOINTS.items() if is_in(kind, table)), None)
+    points = [(grid.scale, grid.zero_point) for grid in read if grid]
+    if joint is None or len(points) < max(2, len(read)) or "alpha" in source.kwargs:
+        return scale  # computed in float
+    largest = float(np.float32(quantizer.limit / quantizer.last)) if quantizer.limit else None
+    return settled_scale(joint, points, (scale, zero_point), largest=largest)
 
 
 def _without_ties(scale: float, before: Grid | None) -> float:
