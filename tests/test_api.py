@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 from compress import api, checkpoint
 from compress.errors import RecipeError
 from compress.losses import LossSettings
+from compress.losses.lesson import Lesson
 from compress.models import ModelSettings, build
 from compress.product import Network, Preprocess, Structure
 from compress.recipe.explain import uses
@@ -66,6 +67,18 @@ def test_settings_are_refused_as_in_a_recipe(place):
     with pytest.raises(RecipeError, match="epoch: unknown field"):
         api.prune(parent, data, macs=0.5, epoch=3)
     assert os.listdir("parent")
+
+
+def test_the_loss_that_the_documentation_adds():
+    code = re.search(r"```python\n(\"\"\"Cosine.*?)```", DOCS, re.DOTALL).group(1)
+    made: dict = {}
+    exec(compile(code, "cosine.py", "exec"), made)
+    generator = np.random.default_rng(0)
+    student, teacher = generator.normal(size=(4, 5)), generator.normal(size=(4, 5))
+    products = (student * teacher).sum(1) / np.linalg.norm(student, axis=1) / np.linalg.norm(teacher, axis=1)
+    lesson = Lesson(torch.tensor(student), torch.tensor(teacher), torch.zeros(4, dtype=torch.int64))
+    loss = made["Cosine"](use="cosine", weight=2.0, active=(0, 0.5))
+    assert loss(lesson).item() == pytest.approx(1 - products.mean())
 
 
 @pytest.mark.parametrize("union", [LossSettings, SchemeSettings, TeacherSettings])
