@@ -3,6 +3,7 @@
     runs/<name>/recipe.yaml  run.json  report.html ...
     runs/<name>/stages/00-load/      the network as it came: manifest.json, network/
     runs/<name>/stages/01-train/     one folder per stage, complete or absent
+    runs/<name>/controls/no_distillation/   another such folder: the run without teachers, if the recipe asks for it
 
 A manifest's `key` hashes all that can change the stage's result: its settings, what the stages before it made, data,
 seed, our code and the libraries. A stage whose key and files are still those of its manifest is not run again.
@@ -33,11 +34,12 @@ from compress.product import Data, Network, Product, Progress, Run, Structure
 from compress.quantization import freeze, prepare
 from compress.quantization.precision import precision
 from compress.recipe import Recipe
+from compress.recipe.control import NO_DISTILLATION, without_distillation
 from compress.stages import StageSettings
-from compress.stages.distill import Distillation
 from compress.stages.export import Export
 from compress.stages.quantize import Quantize
 from compress.targets import target
+from compress.teaching import Distillation
 
 TOGETHER = ("train", "distill", "quantize")
 """Stages that all processes of torchrun share; the others run in the first process alone."""
@@ -54,6 +56,8 @@ class Outcome:
     folder: Path
     ran: list[str]
     resumed: list[str]
+    control: Outcome | None = None
+    """The same without distillation, where the recipe asks for it."""
 
 
 def run_recipe(
@@ -63,7 +67,7 @@ def run_recipe(
 
     Relative paths of the recipe start at `base`. Raises CompressError; a stage that fails leaves no folder behind, and
     the stages before it stay. A stage whose verdict is FAIL is kept for the report, ends the run with a GateError, and
-    runs again next time.
+    runs again next time. A control that cannot be finished is a GateError as well: the run itself is complete.
     """
     with processes.joined() as (rank, world_size):
         notes = Notes(progress if rank == 0 else Silent())
@@ -78,24 +82,62 @@ def run_recipe(
             base=base,
         )
         fold.ask_network()
-        processes.shared(lambda: _make(folder))
-        facts = _facts(fold, command)
-        fold.record(facts)
-        processes.shared(lambda: manifest.write_text(folder / "recipe.yaml", recipes.dump(recipe)))
-        ran: list[str] = []
-        resumed: list[str] = []
-        for index, stage in enumerate((None, *recipe.stages)):
-            label = f"{index:02d}-{stage.use if stage else 'load'}"
-            (resumed if fold.step(index, stage, label) else ran).append(label)
-            fold.record(facts | {"stages": sorted([*ran, *resumed])})
-            if fold.failed:
-                break
-        facts |= {"finished": _now(), "seconds": fold.seconds, "stages": sorted([*ran, *resumed])}
-        fold.record(facts)
-        processes.shared(lambda: manifest.forget_others(folder / "stages", facts["stages"]))
+        outcome = _run_stages(fold, command)
         if fold.failed:
             raise GateError(*fold.failed)
-        return Outcome(folder, ran, resumed)
+        if recipe.report.ablate_distillation:
+            outcome = replace(outcome, control=_without_distillation(fold, command))
+        return outcome
+
+
+def _run_stages(fold: _Fold, command: str) -> Outcome:
+    """Takes the product past every stage; the fold knows whether one of them failed."""
+    folder, recipe = fold.folder, fold.recipe
+    processes.shared(lambda: _make(folder))
+    facts = _facts(fold, command)
+    fold.record(facts)
+    processes.shared(lambda: manifest.write_text(folder / "recipe.yaml", recipes.dump(recipe)))
+    ran: list[str] = []
+    resumed: list[str] = []
+    for index, stage in enumerate((None, *recipe.stages)):
+        label = f"{fold.number(index):02d}-{stage.use if stage else 'load'}"
+        (resumed if fold.step(index, stage, label) else ran).append(label)
+        fold.record(facts | {"stages": sorted([*ran, *resumed])})
+        if fold.failed:
+            break
+    # A control is named only now: the one in the folder may be of another recipe until it has been gone through again.
+    controls = [NO_DISTILLATION] if recipe.report.ablate_distillation and not fold.failed else []
+    ended = {"finished": _now(), "seconds": fold.seconds, "stages": sorted([*ran, *resumed]), "controls": controls}
+    facts |= ended
+    fold.record(facts)
+    processes.shared(lambda: manifest.forget_others(folder / "stages", facts["stages"]))
+    return Outcome(folder, ran, resumed)
+
+
+def _without_distillation(run: _Fold, command: str) -> Outcome:
+    """The same recipe without teachers, in a folder of its own. What does not differ is copied from the run's."""
+    control = without_distillation(run.recipe)
+    fold = _Fold(
+        recipe=control.recipe,
+        folder=run.folder / "controls" / NO_DISTILLATION,
+        data=run.data,
+        device=run.device,
+        notes=Notes(Prefixed("control: ", run.notes.shown)),
+        rank=run.rank,
+        world_size=run.world_size,
+        base=run.base,
+        code=run.code,
+        numbers=(0, *control.numbers),
+        twin=run.folder,
+        asked=True,
+    )
+    try:
+        outcome = _run_stages(fold, command)
+    except CompressError as error:
+        raise GateError(f"control {NO_DISTILLATION}: {error.place}", error.problem, error.way_out) from error
+    if fold.failed:  # of files that nobody ships: the run's own passed
+        fold.notes.note(": ".join(fold.failed[:2]))
+    return outcome
 
 
 def open_run(folder: Path, progress: Progress, base: Path) -> tuple[Recipe, Product, Data]:
@@ -124,8 +166,24 @@ class Notes:
         return self.shown.steps(label, total)
 
     def note(self, text: str) -> None:
+        if text in self.kept:  # of another generation, peer or assistant
+            return
         self.kept.append(text)
         self.shown.note(text)
+
+
+@dataclass(frozen=True)
+class Prefixed:
+    """Progress whose labels and notes begin with a word."""
+
+    prefix: str
+    shown: Progress
+
+    def steps(self, label: str, total: int) -> contextlib.AbstractContextManager[Callable[[str], None]]:
+        return self.shown.steps(self.prefix + label, total)
+
+    def note(self, text: str) -> None:
+        self.shown.note(self.prefix + text)
 
 
 class Silent:
@@ -161,6 +219,15 @@ class _Fold:
     seconds: float = 0.0
     """Of all stages so far, those of earlier runs included."""
     failed: tuple[str, str, str] | None = None
+    code: str = field(default_factory=manifest.own_code)
+    numbers: tuple[int, ...] = ()
+    """Of the stages, where they are not their places: a control keeps those of its run, and so seeds and folders."""
+    twin: Path | None = None
+    """A run's folder whose stages of the same key are taken over."""
+
+    def number(self, index: int) -> int:
+        """What the stage at `index` goes by; 0 is the network as it came."""
+        return self.numbers[index] if self.numbers else index
 
     def record(self, facts: dict[str, Any]) -> None:
         if self.rank == 0:
@@ -170,6 +237,9 @@ class _Fold:
         """Brings the fold past one stage; whether an earlier run's result served."""
         place = self.folder / "stages" / label
         self.key = self._stage_key(stage) if stage else self._first_key()
+        if self.twin is not None:
+            source = self.twin / "stages" / label
+            processes.shared(lambda: _take(source, place, self.key))
         found = processes.shared(lambda: manifest.valid(place, self.key))
         resumed = found is not None
         if found is not None:
@@ -263,7 +333,7 @@ class _Fold:
         files = {name: _relative(path, partial, label, self.folder) for name, path in product.files.items()}
         facts = {
             "stage": stage.use if stage else "load",
-            "index": index,
+            "index": self.number(index),
             "folder": label,
             "key": self.key,
             "recipe_hash": self._recipe_hash(index),
@@ -272,7 +342,7 @@ class _Fold:
             "seconds": seconds,
             "finished": _now(),
             "resumed": False,
-            "product": {**networks, "files": files},
+            "product": {**networks, "files": files, "layer_losses": dict(product.layer_losses)},
             "network": _describe(product.network, self.data, self.device, self.notes) if changed else None,
             "metrics": dict(product.metrics),
             "notes": list(self.notes.kept),
@@ -284,7 +354,7 @@ class _Fold:
         return facts
 
     def _seed(self, index: int) -> int:
-        return (self.recipe.seed + 1000 * index) % 2**31
+        return (self.recipe.seed + 1000 * self.number(index)) % 2**31
 
     def _recipe_hash(self, index: int) -> str:
         """Of the recipe up to this stage: files do not change with what is done to them later."""
@@ -300,7 +370,7 @@ class _Fold:
             self.data.fingerprint,
             recipe.preprocess.model_dump(mode="json"),
             recipe.seed,
-            manifest.own_code(),
+            self.code,
             manifest.versions(manifest.TRAINING_PACKAGES),
             self.device.type,
         )
@@ -420,7 +490,7 @@ def _load_product(folder: Path, refs: dict[str, Any]) -> Product:
             loaded[where] = checkpoint.load(folder / where)
     network, parent, float_network = (loaded[refs[role]] if refs[role] else None for role in ROLES)
     assert network is not None
-    return Product(network, parent, float_network, _files(folder, refs))
+    return Product(network, parent, float_network, _files(folder, refs), refs["layer_losses"])
 
 
 def _files(folder: Path, refs: dict[str, Any]) -> dict[str, Path]:
@@ -436,7 +506,7 @@ def _relative(path: Path, partial: Path, label: str, folder: Path) -> str:
 
 def _outside_teachers(stage: StageSettings) -> list[str]:
     blocks = (block for block in (stage, getattr(stage, "distill", None)) if isinstance(block, Distillation))
-    return [block.teacher for block in blocks if block.teacher != "parent"]
+    return [folder for block in blocks for folder in block.teacher.folders()]
 
 
 def _teachers(stage: StageSettings, base: Path) -> list[str]:
@@ -474,6 +544,7 @@ def _facts(fold: _Fold, command: str) -> dict[str, Any]:
         "preprocess": recipe.preprocess.model_dump(mode="json"),
         "model": recipe.model.model_dump(mode="json"),
         "stages": [],
+        "controls": [],
     }
 
 
@@ -490,6 +561,16 @@ def _make(folder: Path) -> None:
         (folder / "stages").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CompressError(folder, f"cannot be made ({error.strerror})", "choose another folder with --out") from error
+
+
+def _take(source: Path, place: Path, key: str) -> None:
+    """Copies a finished stage of that key to `place`, unless it lies there already."""
+    if manifest.valid(place, key) is None and manifest.valid(source, key) is not None:
+        partial = place.with_name(place.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source, partial)
+        shutil.rmtree(place, ignore_errors=True)
+        partial.rename(place)
 
 
 def _empty(folder: Path) -> None:

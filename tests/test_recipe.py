@@ -47,6 +47,7 @@ stages:
   - use: benchmark
 """
 STAGES = "train, prune, distill, quantize, export, verify, benchmark"
+KNOWN = STAGES.replace("quantize", "quantize, knowledge")
 KEYS = "name, seed, model, data, preprocess, target, stages, report"
 
 Write = Callable[[str | bytes], Path]
@@ -110,7 +111,7 @@ def test_a_recipe_loads_with_its_defaults(write: Write) -> None:
         (("seed: 3", "sed: 3"), f"2: sed: unknown field; did you mean 'seed'? a recipe takes {KEYS}"),
         (
             ("  - use: prune", "  - use: prun"),
-            f"14: stages.1.use: no stage 'prun'; did you mean 'prune'? known: {STAGES}",
+            f"14: stages.1.use: no stage 'prun'; did you mean 'prune'? known: {KNOWN}",
         ),
         (("use: digits", "use: digit"), "6: data.use: no data 'digit'; did you mean 'digits'? known: digits, folder"),
         (("use: digits", "use: 7"), "6: data.use: no data 7; known: digits, folder"),
@@ -321,7 +322,7 @@ def test_an_override_mends_what_the_file_had_wrong(write: Write) -> None:
         ("sed=1", f"sed: unknown field; did you mean 'seed'? a recipe takes {KEYS}"),
         ("stages.prune.goal.macs=4", "stages.1.goal.macs: must be below 1, not 4"),
         ("stages.1.goal={mac: 2, macs: 0.5}", "stages.1.goal.mac: unknown field; did you mean 'macs'? goal takes macs"),
-        ("stages.5={use: verfy}", f"stages.5.use: no stage 'verfy'; did you mean 'verify'? known: {STAGES}"),
+        ("stages.5={use: verfy}", f"stages.5.use: no stage 'verfy'; did you mean 'verify'? known: {KNOWN}"),
         ("seed=2026-11-21", "seed: 2026-11-21 is a date in YAML; put it in quotes if text is meant"),
         ("seed", "write key=value, such as seed=3 or stages.0.epochs=1"),
         ("=3", "write key=value, such as seed=3 or stages.0.epochs=1"),

@@ -1,7 +1,7 @@
 """What decides which channels go: one file per criterion.
 
 A criterion is a settings class that is called with the weights of one set of coupled channels and returns one score per
-channel, zero or more; the lowest go first. The stage divides the scores by their mean, so they need be comparable
+channel, zero or more; the lowest go first. Pruning divides the scores by their mean, so they need be comparable
 within the set only. To add a criterion: its file, its name in `CriterionSettings`, one test.
 
     weights     one (C, elements) tensor for every layer that loses something with these channels, row c with channel c:

@@ -212,6 +212,63 @@ def lsb_histogram(agreement: dict[str, Any], *, allowed: int | None) -> str:
     return out[0]
 
 
+def knowledge(found: dict[str, Any]) -> str:
+    """Accuracy on the images as they are, corrupted and attacked: a mark for each network."""
+    rows = [row for row in found["measures"] if row["name"] in _drawn(found) and row["student"] is not None]
+    if len(rows) < 2:
+        return ""
+    marks = [("teacher", "teacher", PARENT, "o", 9), ("student", "student", INT8, "s", 8)]
+    if found["compared"]:
+        marks.append(("without", "without distillation", FLOAT16, "D", 6))
+    name = f"knowledge-{found['stage']}"
+    with _drawing(name, height=95 + 20 * len(rows), label="Accuracy under changes") as (figure, out):
+        axes = figure.add_subplot()
+        for place, row in enumerate(rows):
+            values = [100 * row[who] for who, *_ in marks if row[who] is not None]
+            axes.plot([min(values), max(values)], [place, place], color=LINE, linewidth=3, zorder=1)
+        for who, _, colour, marker, size in marks:
+            points = [(100 * row[who], place) for place, row in enumerate(rows) if row[who] is not None]
+            axes.plot(
+                *zip(*points, strict=True),
+                linestyle="",
+                marker=marker,
+                markersize=size,
+                color=colour,
+                markeredgecolor=PAGE,
+                zorder=3,
+            )
+        axes.set_yticks(range(len(rows)), [_change(row["name"]) for row in rows], fontsize=9.5)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlim(-2, 102)
+        axes.grid(True, axis="x")
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel("top-1 accuracy, %")
+        handles = [
+            Line2D([], [], marker=marker, linestyle="", color=colour, label=label)
+            for _, label, colour, marker, _ in marks
+        ]
+        figure.legend(handles=handles, loc="outside upper left", ncols=3, handletextpad=0.2, columnspacing=1.2)
+    return out[0]
+
+
+def _change(name: str) -> str:
+    """What was done to the images of an accuracy."""
+    if name == "accuracy":
+        return "as they are"
+    attack = name.removesuffix("_accuracy")
+    return wording.ATTACKS[attack] if attack in wording.ATTACKS else wording.measure(name)
+
+
+def _drawn(found: dict[str, Any]) -> list[str]:
+    """Measures that are accuracies of all three networks."""
+    corrupted = [
+        row["name"]
+        for row in found["measures"]
+        if row["group"] == "corruptions" and row["teacher"] is not None and row["name"] != "corrupted_accuracy"
+    ]
+    return ["accuracy", *corrupted, "fgsm_accuracy", "pgd_accuracy"]
+
+
 def _accuracy_limits(axes: Axes, accuracies: list[float]) -> None:
     """At least four points of accuracy on the axis: a smaller window would make the loss of one image a fall."""
     low, high = min(accuracies), max(accuracies)

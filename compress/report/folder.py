@@ -24,6 +24,9 @@ from pydantic import (
 
 from compress.errors import CompressError
 
+NO_DISTILLATION = "no_distillation"
+"""The control that was trained like the run, but without teachers."""
+
 
 class RunFolderError(CompressError):
     """A folder that cannot be reported on: no run, nothing finished yet, or a file that does not say what it should."""
@@ -211,6 +214,30 @@ class Benchmark(Part):
     notes: list[str] = []
 
 
+class Measure(Part):
+    """One figure of the network and of the one it was made from."""
+
+    name: str
+    group: str = ""
+    unit: str = "fraction"
+    images: int | None = None
+    student: float | None = None
+    teacher: float | None = None
+    """None where the figure is of both together, such as how often they agree."""
+
+
+class Knowledge(Part):
+    """What a network has of its original beyond accuracy."""
+
+    images: int | None = None
+    attack_images: int | None = None
+    eps_255ths: float | None = None
+    """How far attacks moved a pixel."""
+    severities: list[int] = []
+    """Of the corruptions."""
+    measures: list[Measure] = []
+
+
 class Training(Part):
     history: list[Epoch] = []
 
@@ -225,10 +252,11 @@ class Pruning(Training):
     steps: int | None = None
 
 
-Metrics = Export | Verification | Benchmark | Pruning | Training
+Metrics = Export | Verification | Benchmark | Knowledge | Pruning | Training
 
 METRICS: dict[str, type[Metrics]] = {
     "prune": Pruning,
+    "knowledge": Knowledge,
     "export": Export,
     "verify": Verification,
     "benchmark": Benchmark,
@@ -286,6 +314,8 @@ class RunDescription(Part):
     preprocess: dict[str, Any] = {}
     model: dict[str, Any] = {}
     stages: list[str] | None = None
+    controls: list[str] = []
+    """Other runs to compare this one with, in its folder `controls`."""
 
 
 @dataclass(frozen=True)
@@ -304,6 +334,8 @@ class RunFolder:
     """Stages that the run names and that left no manifest."""
     recipe: str | None
     """The resolved recipe's text."""
+    undistilled: RunFolder | None = None
+    """The same without teachers, as far as it got; None where it was not asked for or left nothing."""
 
 
 def read_folder(path: Path) -> RunFolder:
@@ -328,7 +360,14 @@ def read_folder(path: Path) -> RunFolder:
         stages=stages,
         unfinished=[name for name, manifest in manifests.items() if not manifest.is_file()],
         recipe=_text(recipe) if recipe.is_file() else None,
+        undistilled=_control(path / "controls" / NO_DISTILLATION) if NO_DISTILLATION in run.controls else None,
     )
+
+
+def _control(path: Path) -> RunFolder | None:
+    """None for a control that was stopped before its first stage ended."""
+    begun = (path / "run.json").is_file() and _read(path / "run.json", RunDescription).stages
+    return read_folder(path) if begun else None
 
 
 def _stage(path: Path) -> Stage:

@@ -48,6 +48,7 @@ def headline(
     baseline: dict[str, Any] | None,
     verification: Verification | None,
     benchmark: Benchmark | None,
+    ablation: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The verdict in one sentence, the figures behind it with their conditions, and what must not be overlooked."""
     left = {stage["folder"]: stage["network"] for stage in networks if stage["network"]}
@@ -63,6 +64,8 @@ def headline(
         "compute": _compute(final, parent),
         "parity": _parity(verification),
     }
+    if ablation:
+        facts["ablation"] = _ablation(ablation)
     last = next(reversed(left.values()), None)
     unexecuted = last["numbers"] if last and last["simulated"] else ""
     if unexecuted and not best:
@@ -213,3 +216,18 @@ def _parity(verification: Verification | None) -> dict[str, str]:
     parts += [f"{verification.images:,} images"] if verification.images else []
     tone = "good" if verification.verdict == "PASS" else "bad"
     return _fact(label, verification.verdict, detail, ", ".join(parts), tone=tone)
+
+
+def _ablation(ablation: dict[str, Any]) -> dict[str, str]:
+    label = "Without distillation"
+    if ablation["without"] is None:
+        return _fact(label, NOT_MEASURED, "the run without a teacher did not finish")
+    measured = "of the torch networks" if ablation["of"] == "torch" else f"measured on {ablation['of']}"
+    images = f", {ablation['images']:,} images" if ablation["images"] else ""
+    return _fact(
+        label,
+        f"{wording.percent(ablation['without'])} ({wording.points(ablation['difference'])})",
+        wording.distilled(ablation["with"], ablation["without"]),
+        f"{measured}{images}; the same training on the labels alone, one seed",
+        tone="bad" if ablation["difference"] > 0 else "",
+    )

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from compress.report import charts, wording
+from compress.report import charts, distilled, wording
 from compress.report.folder import (
     Benchmark,
     Export,
@@ -79,13 +79,17 @@ def read_report(run_folder: Path) -> dict[str, Any]:
 
     Figures keep the manifests' names, units and digits; what was not measured is None.
     """
-    folder = read_folder(Path(run_folder))
-    stages = folder.stages
+    return _report(read_folder(Path(run_folder)))
+
+
+def _report(folder: RunFolder) -> dict[str, Any]:
+    stages, undistilled = folder.stages, folder.undistilled
     parent = _parent(folder)
     files, stale = _files(stages, parent)
     best, baseline = _best(files)
     verification, benchmark = _last(stages, Verification), _last(stages, Benchmark)
     networks = _stages(stages, parent, files, best)
+    ablation = distilled.ablation(folder, networks, best, _report(undistilled) if undistilled else None)
     report = {
         "format": FORMAT,
         "name": folder.run.name,
@@ -96,6 +100,7 @@ def read_report(run_folder: Path) -> dict[str, Any]:
             baseline,
             verification=verification and verification[1],
             benchmark=benchmark and benchmark[1],
+            ablation=ablation,
         ),
         "machine": benchmark and machine(benchmark[1].conditions),
         "run": folder.run.model_dump(mode="json", exclude={"name"}),
@@ -108,6 +113,8 @@ def read_report(run_folder: Path) -> dict[str, Any]:
         "layers": _layers(stages, parent),
         "verify": verification and _verification(stages, *verification),
         "benchmark": benchmark and _benchmark(stages, *benchmark),
+        "knowledge": distilled.knowledge(stages, undistilled.stages if undistilled else []),
+        "ablation": ablation,
     }
     return report | {"warnings": _warnings(report), "conditions": _conditions(folder.run), "notes": _notes(folder)}
 
@@ -146,7 +153,21 @@ def summary_rows(report: dict[str, Any]) -> list[dict[str, str]]:
                     else absent,
                 }
             )
-    return rows
+    return [*rows, *_ablated_row(report["ablation"], rows)]
+
+
+def _ablated_row(ablation: dict[str, Any] | None, rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The network that had no teacher; only its accuracy is another."""
+    if not ablation or not rows:
+        return []
+    what = "" if ablation["of"] in (None, "torch") else f", {ablation['of']}"
+    row = dict.fromkeys(rows[0], NOT_MEASURED) | {"network": f"without distillation{what}"}
+    if ablation["without"] is not None:
+        source = " (torch)" if ablation["of"] == "torch" else ""
+        row["accuracy"] = f"{wording.percent(ablation['without'])} ({wording.points(ablation['difference'])}){source}"
+        row["vs parent"] = wording.points(ablation["from_parent"])
+        row |= {"MACs": wording.count(ablation["macs"]), "params": wording.count(ablation["params"])}
+    return [row]
 
 
 def _label(file: dict[str, Any], files: list[dict[str, Any]], stage: str, network: dict[str, Any]) -> str:
@@ -576,6 +597,7 @@ def _warnings(report: dict[str, Any]) -> list[str]:
             f" {wording.ms(file['timing']['p50_ms'])} against {wording.ms(best['timing']['p50_ms'])} at p50."
             for file in quicker
         ]
+    found += _ablation_warnings(report["ablation"])
     if report["unfinished"]:
         found.append(f"Unfinished run: {', '.join(report['unfinished'])} left no result.")
     last, network = next(
@@ -592,6 +614,21 @@ def _warnings(report: dict[str, Any]) -> list[str]:
     return found + [f"{sentence[0].upper()}{sentence[1:]}." for sentence in report["stale"]]
 
 
+def _ablation_warnings(ablation: dict[str, Any] | None) -> list[str]:
+    if not ablation:
+        return []
+    found = []
+    if (ablation["difference"] or 0) > 0:
+        images = round(ablation["difference"] * ablation["images"]) if ablation["images"] else None
+        size = f"{images:,} of {ablation['images']:,} images, one seed" if images is not None else "one seed"
+        found.append(f"{wording.distilled(ablation['with'], ablation['without'])} ({size}).")
+    if not ablation["finished"] or ablation["without"] is None:
+        found.append("The run without distillation did not finish: what distillation gained is not known.")
+    if ablation["failed"]:
+        found.append(f"Parity of the run without distillation failed: {ablation['failed']}.")
+    return found
+
+
 # ------------------------------------------------------------------------------------------------------------ as text
 
 
@@ -601,6 +638,7 @@ def as_html(report: dict[str, Any]) -> str:
     drawings = {
         "tradeoff": charts.tradeoff(report["files"]),
         "channels": charts.channels(report["layers"]),
+        "knowledge": {found["stage"]: charts.knowledge(found) for found in report["knowledge"]},
         "lsb": [
             (item, charts.lsb_histogram(item, allowed=report["verify"]["tolerance_lsb"]))
             for item in (report["verify"] or {}).get("agreement", [])
@@ -648,6 +686,11 @@ def _environment(*, autoescape: bool, finalize: Callable[[Any], Any] | None = No
         "uncounted",
         "moment",
         "decibels",
+        "measure",
+        "group",
+        "figure",
+        "change",
+        "looked_at",
     ):
         environment.filters[name] = getattr(wording, name)
     environment.filters["as_text"] = _as_text

@@ -123,6 +123,97 @@ def lost(difference: float) -> str:
     return f"less than 0.1 points {word}" if amount == "0.0" else f"{amount} points {word}"
 
 
+def distilled(with_it: float, without: float) -> str:
+    """What distillation did to the accuracy, in a sentence without its stop; a loss is called one."""
+    if with_it == without:
+        return f"Distillation changed nothing: {percent(with_it)} with and without it"
+    word = "gained" if with_it > without else "lost"
+    amount = f"{abs(100 * (with_it - without)):.1f}"
+    amount = "less than 0.1 points" if amount == "0.0" else f"{amount} points"
+    return f"Distillation {word} {amount}: {percent(without)} without it, {percent(with_it)} with it"
+
+
+ATTACKS = {"fgsm": "FGSM", "pgd": "PGD"}
+
+GROUPS = {
+    "answers": "Answers",
+    "confidence": "Confidence",
+    "corruptions": "Corrupted images",
+    "attacks": "Attacks",
+    "invariance": "Mirrored and moved",
+}
+
+MEASURES = {
+    "accuracy": "Accuracy",
+    "agreement": "Same answer as the teacher",
+    "agreement_on_mistakes": "Same answer where the teacher errs",
+    "kl": "KL divergence from the teacher",
+    "js": "Jensen-Shannon divergence from the teacher",
+    "ece": "Expected calibration error",
+    "nll": "Negative log-likelihood of the label",
+    "brier": "Brier score",
+    "corrupted_accuracy": "Accuracy on corrupted images, mean of all",
+    "corrupted_agreement": "Same answer as the teacher on corrupted images",
+    "jpeg": "JPEG",
+    "invariance_to_flips": "Same answer to the mirrored image",
+    "invariance_to_shifts": "Same answer to moved crops",
+}
+
+OF_ATTACKS = {
+    "accuracy": "Accuracy under {}",
+    "transfer_accuracy": "Accuracy under the other network's {}",
+    "agreement": "Same answer as the teacher under its {}",
+    "of_teacher_fools_student": "Fooled by {} that fools the teacher",
+    "of_student_fools_teacher": "Its {} fools the teacher too",
+}
+
+
+def measure(name: str) -> str:
+    """What a figure of a stage `knowledge` says."""
+    attack, _, what = name.partition("_")
+    if attack in ATTACKS and what in OF_ATTACKS:
+        return OF_ATTACKS[what].format(ATTACKS[attack])
+    return MEASURES.get(name, name.replace("_", " ").capitalize())
+
+
+def group(name: str) -> str:
+    return GROUPS.get(name, name)
+
+
+def looked_at(found: dict[str, Any]) -> str:
+    """How many images the figures of a stage `knowledge` are of, and what was done to them."""
+    parts = ["The teacher is the network before compression"]
+    parts += [f"{found['images']:,} evaluation images"] if found["images"] else []
+    if found["severities"] and any(row["group"] == "corruptions" for row in found["measures"]):
+        severities = ", ".join(map(str, found["severities"]))
+        parts.append(f"corruptions at severity {severities} of 5")
+    if found["attack_images"]:
+        bound = f", pixels moved by at most {found['eps_255ths']:g}/255" if found["eps_255ths"] else ""
+        parts.append(f"{found['attack_images']:,} of them attacked{bound}")
+    missing = [row for row in found["measures"] if row["name"] == "agreement_on_mistakes" and row["images"]]
+    parts += [f"the teacher errs on {row['images']:,}" for row in missing]
+    return "; ".join(parts) + "."
+
+
+def figure(value: float | None, unit: str) -> str:
+    """A measure in its unit. None is "no such image": nothing was fooled, or the teacher erred nowhere."""
+    if value is None:
+        return "no such image"
+    if unit == "fraction":
+        return percent(value)
+    return f"{value:.3f} {unit}" if unit == "nats" else f"{value:.3f}"
+
+
+def change(value: float | None, unit: str) -> str:
+    """A difference of two such measures, with its sign."""
+    if value is None:
+        return "no such image"
+    if unit == "fraction":
+        return points(value)
+    text = f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")
+    return "0.000" if float(f"{value:.3f}") == 0 else text
+
+
 def _compared(times: float, more: str, less: str, same: str) -> str:
     word, times = (more, times) if times >= 1 else (less, 1 / times)
     if times < 1.005:

@@ -12,9 +12,12 @@ from pydantic import Field
 from compress.stages.benchmark import Benchmark
 from compress.stages.distill import Distill
 from compress.stages.export import Export
+from compress.stages.knowledge import Knowledge
 from compress.stages.prune import Prune
 from compress.stages.quantize import Quantize
 from compress.stages.train import Train
 from compress.stages.verify import Verify
 
-StageSettings = Annotated[Train | Prune | Distill | Quantize | Export | Verify | Benchmark, Field(discriminator="use")]
+StageSettings = Annotated[
+    Train | Prune | Distill | Quantize | Knowledge | Export | Verify | Benchmark, Field(discriminator="use")
+]
