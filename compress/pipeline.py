@@ -26,6 +26,7 @@ import torch
 from compress import __version__, checkpoint, manifest, measures, processes
 from compress import recipe as recipes
 from compress.data import open_data
+from compress.data.unlabeled import fingerprint_of
 from compress.errors import CompressError, GateError
 from compress.formats.onnx import int8_onnx
 from compress.formats.tflite import to_tflite
@@ -381,7 +382,8 @@ class _Fold:
             machine.append(manifest.versions(manifest.FILE_PACKAGES))
         if stage.use == "benchmark":
             machine += [self.recipe.target, _cpu(self.recipe.target)]
-        return manifest.key(self.key, self.made, stage.model_dump(mode="json"), _teachers(stage, self.base), machine)
+        lessons = processes.shared(lambda: _lessons(stage, self.base, self.notes.shown))
+        return manifest.key(self.key, self.made, stage.model_dump(mode="json"), lessons, machine)
 
     def ask_network(self) -> None:
         """Builds the network once, so that what is wrong with it is said before anything else happens."""
@@ -401,6 +403,7 @@ class _Fold:
             for stage in self.recipe.stages:
                 for teacher in _outside_teachers(stage):
                     checkpoint.load(self.base / teacher)
+                _lessons(stage, self.base, Silent())
                 if (check_stage := getattr(stage, "check", None)) is not None:
                     check_stage(module, self.recipe.preprocess)
             _write_int8(self.recipe, module)
@@ -504,15 +507,20 @@ def _relative(path: Path, partial: Path, label: str, folder: Path) -> str:
     return path.relative_to(folder).as_posix()
 
 
+def _blocks(stage: StageSettings) -> list[Distillation]:
+    return [block for block in (stage, getattr(stage, "distill", None)) if isinstance(block, Distillation)]
+
+
 def _outside_teachers(stage: StageSettings) -> list[str]:
-    blocks = (block for block in (stage, getattr(stage, "distill", None)) if isinstance(block, Distillation))
-    return [folder for block in blocks for folder in block.teacher.folders()]
+    return [folder for block in _blocks(stage) for folder in block.teacher.folders()]
 
 
-def _teachers(stage: StageSettings, base: Path) -> list[str]:
-    """Hashes of the files of teachers that lie outside this run."""
+def _lessons(stage: StageSettings, base: Path, progress: Progress) -> list[str]:
+    """Hashes of what a stage is taught with and that lies outside this run: saved teachers, images without labels."""
     folders = [base / teacher for teacher in _outside_teachers(stage)]
-    return [file_sha256(path) for folder in folders for path in sorted(folder.glob("*")) if path.is_file()]
+    files = [path for folder in folders for path in sorted(folder.glob("*")) if path.is_file()]
+    more = [block.unlabeled for block in _blocks(stage) if block.unlabeled is not None]
+    return [*map(file_sha256, files), *(fingerprint_of(unlabeled, progress, base) for unlabeled in more)]
 
 
 def _facts(fold: _Fold, command: str) -> dict[str, Any]:

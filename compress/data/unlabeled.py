@@ -6,7 +6,7 @@ A student needs the teacher's answers, not the truth (Urner et al., 2011; Hinton
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from PIL import Image
 from pydantic import Field
 
 from compress.data.augment import Augment, AugmentPhoto
-from compress.data.folder import decode, inspect, open_tree, pictures
+from compress.data.folder import Tree, decode, inspect, open_tree, pictures
 from compress.data.loader import ImageData, Images
 from compress.errors import DataError
 from compress.product import NO_LABEL, Batch, Data, Preprocess, Progress, Split
@@ -25,7 +25,10 @@ from compress.settings import Settings
 
 
 class Unlabeled(Settings):
-    """Images in any folders below `path`, or in a zip archive; names of folders mean nothing."""
+    """Images in any folders below `path`, or in a zip archive; names of folders mean nothing.
+
+    They count in all that is measured on a batch: in the teacher's losses, and in the student's BatchNorm statistics.
+    """
 
     path: str = Field(min_length=1)
     """The folder or the .zip; a relative path starts at the current directory."""
@@ -179,15 +182,8 @@ def with_unlabeled(
     out; a note says how many that were. Raises DataError for a missing folder, for one without images, and for a file
     that is no image.
     """
-    root = base / Path(settings.path).expanduser()
-    tree = open_tree(root)
-    files = pictures(tree)
-    if not files:
-        raise DataError(root, "has no images", "`unlabeled` needs a folder or zip archive with images, at any depth")
-    hashes = inspect(tree, root, files, progress, decoding=checked is None)
-    fingerprint = hashlib.sha256(
-        "\n".join(f"{n}\t{h}" for n, h in zip(files, hashes, strict=True)).encode()
-    ).hexdigest()
+    tree, root, files, hashes = _hashed(settings, progress, base, decoding=checked is None)
+    fingerprint = _fingerprint(files, hashes)
     if checked is not None and checked != fingerprint:
         inspect(tree, root, files, progress, decoding=True)
     held = data.held if isinstance(data, ImageData) else frozenset()
@@ -214,6 +210,28 @@ def with_unlabeled(
         channels_last=data.channels_last,
     )
     return WithUnlabeled(data, unlabelled, settings.ratio)
+
+
+def fingerprint_of(settings: Unlabeled, progress: Progress, base: Path) -> str:
+    """SHA-256 over names and content of the images, which are not decoded. Raises DataError as `with_unlabeled`."""
+    _, _, files, hashes = _hashed(settings, progress, base, decoding=False)
+    return _fingerprint(files, hashes)
+
+
+def _hashed(
+    settings: Unlabeled, progress: Progress, base: Path, *, decoding: bool
+) -> tuple[Tree, Path, list[str], list[str]]:
+    root = base / Path(settings.path).expanduser()
+    tree = open_tree(root)
+    files = pictures(tree)
+    if not files:
+        raise DataError(root, "has no images", "`unlabeled` needs a folder or zip archive with images, at any depth")
+    return tree, root, files, inspect(tree, root, files, progress, decoding=decoding)
+
+
+def _fingerprint(files: Sequence[str], hashes: Sequence[str]) -> str:
+    lines = (f"{name}\t{value}" for name, value in zip(files, hashes, strict=True))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def augment_of(data: Data) -> Augment:

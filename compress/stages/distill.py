@@ -10,7 +10,7 @@ from torch import nn
 
 from compress.product import Network, Preprocess, Product, Run
 from compress.schemes import SchemeSettings
-from compress.teaching import Taught, refuse_misfits, teach
+from compress.teaching import Taught, refuse_misfits, teach, with_more_images
 from compress.training import refuse_unmatched
 
 
@@ -23,8 +23,14 @@ class Distill(Taught):
 
     @model_validator(mode="after")
     def _generated_images_come_once(self) -> Distill:
-        if self.views and self.scheme is not None and self.scheme.use in ("data_free", "hard_examples"):
-            raise ValueError(f"`views`: the images that `{self.scheme.use}` generates never come a second time")
+        if (
+            (self.views or self.cache or self.unlabeled)
+            and self.scheme is not None
+            and self.scheme.use in ("data_free", "hard_examples")
+        ):
+            raise ValueError(
+                f"`{self.scheme.use}` generates its images: no `views` and no `cache` of them, and no `unlabeled` ones"
+            )
         return self
 
     def check(self, module: nn.Module, preprocess: Preprocess) -> None:
@@ -38,7 +44,7 @@ class Distill(Taught):
         if self.scheme is None:
             module, metrics = teach(product.network.module, self, product, run, label="distill")
         else:
-            module, metrics = self.scheme.train(self, product, run, "distill")
+            module, metrics = self.scheme.train(self, product, with_more_images(self, run), "distill")
         return replace(
             product,
             network=Network(module, product.network.structure),

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
-
 from compress import checkpoint, manifest
 from compress.errors import ModelError
 from compress.product import Product, Run
@@ -22,7 +20,7 @@ class Stage(Settings):
     """The network after a stage of this run, by the stage's folder: `04-distill`, or `00-load` for how it came."""
 
     use: Literal["stage"]
-    folder: str = Field(pattern=r"^\d\d-[a-z_]+$")
+    folder: str
     """The stage's number and name, as in `runs/x/stages`; it comes before the stage that learns."""
 
     def folders(self) -> tuple[str, ...]:

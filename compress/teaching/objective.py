@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compress.data.unlabeled import numbered
+from compress.data.unlabeled import Unlabeled, WithUnlabeled, numbered, with_unlabeled
 from compress.errors import ModelError
 from compress.losses import LossSettings
 from compress.losses.kd import SoftTargets
@@ -24,7 +25,7 @@ from compress.settings import Settings
 from compress.teachers import TeacherSettings
 from compress.teachers.parent import Parent
 from compress.teachers.teacher import Teacher
-from compress.teaching.cache import Remembered
+from compress.teaching.cache import asked_once
 from compress.teaching.networks import Counterpart
 from compress.teaching.pairs import Pair, pair_up
 from compress.training import Fit, cross_entropy, fit, labels_loss
@@ -46,6 +47,12 @@ class Distillation(Settings):
     views: int | None = Field(default=None, ge=1)
     """So many different augmentations of each image, repeated in turn epoch by epoch; the teacher then looks at each
     once, and its answers stay in memory (4 bytes for each image, view and class). null draws new ones for ever."""
+    cache: str | None = Field(default=None, min_length=1)
+    """A folder where the teacher's logits are kept for later trainings, by image and augmentation; a relative path
+    starts at the current directory. Answers of another teacher or to other data are refused. Without `views` a later
+    training is answered from it only where it draws the same augmentations: the same recipe again."""
+    unlabeled: Unlabeled | None = None
+    """Images without labels, from which only the teacher teaches."""
 
 
 class Taught(Fit, Distillation):
@@ -88,6 +95,7 @@ class Objective:
         run: Run,
         student: nn.Module,
         label_smoothing: float,
+        augment: bool,
     ) -> None:
         self.settings, self.teacher, self.run, self.label_smoothing = distillation, teacher, run, label_smoothing
         self._counterpart = Counterpart(teacher, product.float_network or product.network, run)
@@ -98,16 +106,13 @@ class Objective:
         trained = [module for judge in self._judges for module in _trained(judge)]
         self.companion: nn.Module | None = nn.ModuleList(trained) if trained else None
         self.layers = tuple(dict.fromkeys(pair.student for judge in self._judges for pair in judge.pairs))
-        self._logits: Callable[[Batch], Tensor] = self._asked
-        if distillation.views:
-            self._remember(distillation.views)
-
-    def _remember(self, views: int) -> None:
-        count, classes = self.run.data.count("train"), len(self.run.data.labels)
-        self._logits = Remembered(self._asked, count, views)
-        self.run.progress.note(
-            f"The teacher's answers to {views} views of {count} images stay in memory "
-            f"({views * count * classes * 4 / 1e6:.3g} MB)."
+        self._logits = asked_once(
+            self._asked,
+            teacher.fingerprint,
+            run,
+            views=distillation.views,
+            cache=Path(distillation.cache).expanduser() if distillation.cache else None,
+            augment=augment,
         )
 
     def _asked(self, batch: Batch) -> Tensor:
@@ -213,6 +218,7 @@ def objective(
     *,
     student: nn.Module,
     label_smoothing: float = 0.0,
+    augment: bool | None = None,
     teacher: Teacher | None = None,
 ) -> Objective:
     """The loss of a training with a teacher, opened here unless one is given; its parameters never move.
@@ -221,7 +227,9 @@ def objective(
     where losses and networks do not fit.
     """
     teacher = teacher or distillation.teacher.open(product, run)
-    return Objective(distillation, teacher, product, run, student, label_smoothing)
+    if augment is None:
+        augment = distillation.augment if isinstance(distillation, Fit) else True
+    return Objective(distillation, teacher, product, run, student, label_smoothing, augment)
 
 
 def teach(
@@ -244,7 +252,16 @@ def teach(
         loss = labels_loss(settings.label_smoothing)
         trained, history = fit(module, loss=loss, run=run, settings=settings, label=label, after=after)
         return trained, {"history": history}
-    goal = objective(by, product, run, student=module, label_smoothing=settings.label_smoothing, teacher=teacher)
+    run = with_more_images(by, run)
+    goal = objective(
+        by,
+        product,
+        run,
+        student=module,
+        label_smoothing=settings.label_smoothing,
+        augment=settings.augment,
+        teacher=teacher,
+    )
     trained, history = fit(
         module,
         loss=goal.loss,
@@ -256,6 +273,13 @@ def teach(
         companion=goal.companion,
     )
     return trained, {"history": history} | goal.metrics()
+
+
+def with_more_images(distillation: Distillation, run: Run) -> Run:
+    """The run on its data and the images without labels. Raises DataError where those cannot be read."""
+    if distillation.unlabeled is None or isinstance(run.data, WithUnlabeled):
+        return run
+    return replace(run, data=with_unlabeled(run.data, distillation.unlabeled, run.progress, Path.cwd()))
 
 
 def refuse_misfits(distillation: Distillation, module: nn.Module, size: int, place: str) -> None:

@@ -14,7 +14,7 @@ from compress.data import Folder, open_data
 from compress.data.augment import AugmentPhoto
 from compress.data.loader import ImageData, Images
 from compress.data.sample import sample
-from compress.data.unlabeled import Unlabeled, WithUnlabeled, numbered, turns, with_unlabeled
+from compress.data.unlabeled import Unlabeled, WithUnlabeled, fingerprint_of, numbered, turns, with_unlabeled
 from compress.errors import DataError
 from compress.product import NO_LABEL, Preprocess
 
@@ -178,6 +178,7 @@ def test_checked_images_are_not_decoded_again(labelled, folder):
     checked = opened(labelled, folder, first).unlabelled.fingerprint
     opened(labelled, folder, second, checked)
     opened(labelled, folder, third, "another")
+    assert fingerprint_of(Unlabeled(path="extra"), Notes(), folder.parent) == checked
     assert first.bars == ["checking images"]
     assert second.bars == ["hashing images"]
     assert third.bars == ["hashing images", "checking images"]

@@ -290,7 +290,7 @@ def test_a_recipe_file(tmp_path):
         ("{use: several, teachers: [parent]}", "teachers: must have at least 2 items, not 1"),
         (GOOD.replace("1, 0.5, 1", "1"), "1 weights for 3 teachers"),
         ("{use: severl}", "use: no teacher 'severl'; did you mean 'several'?"),
-        ("{use: stage, folder: distill}", "folder: 'distill' does not fit"),
+        ("{use: stage, folder: distill}", "no stage `distill` comes before this one; they are 00-load, 01-prune"),
     ],
 )
 def test_mistakes_of_a_recipe_file(tmp_path, teacher, line):

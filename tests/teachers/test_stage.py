@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import PREPROCESS, SmallNet, randomized
-from pydantic import ValidationError
 
 from compress import checkpoint
 from compress.errors import ModelError
@@ -51,7 +50,9 @@ def test_the_network_that_a_stage_left(product, stages, folder, seed):
     assert Stage(use="stage", folder=folder).folders() == ()
 
 
-@pytest.mark.parametrize("folder", ["01-prune", "04-distill", "05-train", "03-train"])
+@pytest.mark.parametrize(
+    "folder", ["01-prune", "04-distill", "05-train", "03-train", "distill", "", "../x", "01-train/network"]
+)
 def test_a_stage_that_is_not_before_is_refused(product, stages, folder):
     match = f"stage 04-distill: teacher: no stage `{folder}` comes before this one; they are 00-load, 01-train, 02-exp"
     with pytest.raises(ModelError, match=match):
@@ -65,16 +66,10 @@ def test_another_task_is_refused(product, stages):
         Stage(use="stage", folder="03-distill").open(product, stages)
 
 
-def test_the_name_of_a_folder():
-    for wrong in ("", "train", "1-train", "../01-train", "01-train/network"):
-        with pytest.raises(ValidationError):
-            Stage(use="stage", folder=wrong)
-
-
 def test_mistakes_in_a_recipe():
     """Before anything is trained, from the names of the stages alone."""
     assert mistake("00-load", []) is None
     assert mistake("02-prune", ["train", "prune"]) is None
-    for folder in ("02-train", "03-distill", "01-prune"):
+    for folder in ("02-train", "03-distill", "01-prune", "train", ""):
         text = mistake(folder, ["train", "prune"])
         assert text == f"no stage `{folder}` comes before this one; they are 00-load, 01-train, 02-prune"
