@@ -26,7 +26,7 @@ import torch
 from compress import __version__, checkpoint, manifest, measures, processes
 from compress import recipe as recipes
 from compress.data import open_data
-from compress.data.unlabeled import fingerprint_of
+from compress.data.unlabeled import fingerprint_of, with_unlabeled
 from compress.errors import CompressError, GateError
 from compress.formats.onnx import int8_onnx
 from compress.formats.tflite import to_tflite
@@ -403,7 +403,9 @@ class _Fold:
             for stage in self.recipe.stages:
                 for teacher in _outside_teachers(stage):
                     checkpoint.load(self.base / teacher)
-                _lessons(stage, self.base, Silent())
+                for block in _blocks(stage):
+                    if block.unlabeled is not None:
+                        with_unlabeled(self.data, block.unlabeled, self.notes.shown, self.base)
                 if (check_stage := getattr(stage, "check", None)) is not None:
                     check_stage(module, self.recipe.preprocess)
             _write_int8(self.recipe, module)

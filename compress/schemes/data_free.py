@@ -18,7 +18,7 @@ from compress.errors import ModelError
 from compress.observation import observe, stage_ends
 from compress.product import Batch, Preprocess, Product, Run
 from compress.schemes.branches import pooled
-from compress.schemes.generator import Generator, Noise, refuse_views
+from compress.schemes.generator import Generator, Noise
 from compress.settings import Settings
 from compress.teachers.teacher import on_device
 from compress.teaching.objective import Objective, Taught, objective
@@ -117,7 +117,6 @@ class DataFree(Settings):
             raise ModelError(PLACE, "`batchnorm`: the teacher has no BatchNorm layer", "leave `batchnorm` out")
 
     def train(self, settings: Taught, product: Product, run: Run, label: str) -> tuple[nn.Module, dict[str, Any]]:
-        refuse_views(settings, PLACE)
         noise = Noise(run.data, self.latent, self.steps * settings.batch_size)
         blind = replace(run, data=noise)
         student = product.network.module

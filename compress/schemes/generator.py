@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.errors import DataError, ModelError
+from compress.errors import DataError
 from compress.product import NO_LABEL, Batch, Data, Preprocess, Split
-from compress.teaching.objective import Taught
 
 
 class Generator(nn.Module):
@@ -103,9 +102,3 @@ class Noise:
         for _step in range(self.images // world_size // batch_size):
             noise = torch.randn(batch_size, self.latent, 1, 1, generator=generator)
             yield Batch(noise, torch.full((batch_size,), NO_LABEL))
-
-
-def refuse_views(settings: Taught, place: str) -> None:
-    """Raises ModelError for answers of the teacher that would be kept: generated images never come again."""
-    if settings.views:
-        raise ModelError(place, "`views`: generated images never come a second time", "leave `views` out")

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from compress.losses.kd import soft_targets
 from compress.observation import unwrapped
 from compress.product import Batch, Preprocess, Product, Run
-from compress.schemes.generator import Generator, Noise, refuse_views
+from compress.schemes.generator import Generator, Noise
 from compress.settings import Settings
 from compress.teaching.objective import Objective, Taught, objective
 from compress.training import fit
@@ -69,7 +69,6 @@ class HardExamples(Settings):
         """Nothing depends on the network."""
 
     def train(self, settings: Taught, product: Product, run: Run, label: str) -> tuple[nn.Module, dict[str, Any]]:
-        refuse_views(settings, PLACE)
         blind = replace(run, data=Noise(run.data, self.latent, self.steps * settings.batch_size))
         student = product.network.module
         goal = objective(settings, product, blind, student=student)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from compress.data.unlabeled import Unlabeled, WithUnlabeled, numbered, with_unlabeled
@@ -22,7 +22,7 @@ from compress.observation import Answers, before_activations, observe, stage_end
 from compress.product import Batch, Product, Run
 from compress.quantization.fake_quant import ActivationQuantizer
 from compress.settings import Settings
-from compress.teachers import TeacherSettings
+from compress.teachers import TeacherSettings, changes, has_features
 from compress.teachers.parent import Parent
 from compress.teachers.teacher import Teacher
 from compress.teaching.cache import asked_once
@@ -53,6 +53,17 @@ class Distillation(Settings):
     training is answered from it only where it draws the same augmentations: the same recipe again."""
     unlabeled: Unlabeled | None = None
     """Images without labels, from which only the teacher teaches."""
+
+    @model_validator(mode="after")
+    def _teacher_serves(self) -> Any:
+        if self.cache is not None and changes(self.teacher):
+            raise ValueError("`cache`: a teacher that changes while it teaches has no answers to keep; leave it out")
+        if not has_features(self.teacher):
+            term: Any
+            for term in self.losses:
+                if term.needs_teacher and (isinstance(term, FeatureTerm) or term.needs_networks):
+                    raise ValueError(f"`{term.use}` needs one of several teachers: set `features_from: 0` in `teacher`")
+        return self
 
 
 class Taught(Fit, Distillation):
@@ -96,6 +107,7 @@ class Objective:
         student: nn.Module,
         label_smoothing: float,
         augment: bool,
+        cache: Path | None,
     ) -> None:
         self.settings, self.teacher, self.run, self.label_smoothing = distillation, teacher, run, label_smoothing
         self._counterpart = Counterpart(teacher, product.float_network or product.network, run)
@@ -111,7 +123,7 @@ class Objective:
             teacher.fingerprint,
             run,
             views=distillation.views,
-            cache=Path(distillation.cache).expanduser() if distillation.cache else None,
+            cache=cache,
             augment=augment,
         )
 
@@ -226,10 +238,12 @@ def objective(
     `student` is the network that will be trained: the product's, or the same with fake quantization. Raises ModelError
     where losses and networks do not fit.
     """
+    # A folder holds one teacher's answers: not those of the assistants and generations that a scheme gives.
+    cache = Path(distillation.cache).expanduser() if distillation.cache and teacher is None else None
     teacher = teacher or distillation.teacher.open(product, run)
     if augment is None:
         augment = distillation.augment if isinstance(distillation, Fit) else True
-    return Objective(distillation, teacher, product, run, student, label_smoothing, augment)
+    return Objective(distillation, teacher, product, run, student, label_smoothing, augment, cache)
 
 
 def teach(

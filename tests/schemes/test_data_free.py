@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import SmallNet, Stripes, randomized
 from networks_taught import digest, log_probabilities, logits, pruned, stage
+from pydantic import ValidationError
 from torch import nn
 
 from compress.errors import DataError, ModelError
@@ -178,9 +179,10 @@ def test_from_a_recipe_no_image_is_read_and_no_teacher_moves(product, run, batch
     assert Export(use="export").apply(result, run).files
 
 
-def test_what_needs_images_is_refused(product, run):
-    with pytest.raises(ModelError, match="generated images never come a second time"):
-        stage(SCHEME, views=2).apply(product, run)
+def test_what_needs_images_is_refused(run):
+    for idle in ({"views": 2}, {"cache": "kept"}, {"unlabeled": {"path": "more"}}):
+        with pytest.raises(ValidationError, match="`data_free` generates its images: no `views`"):
+            stage(SCHEME, **idle)
 
     class Plain(nn.Sequential):
         def __init__(self):

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 from networks_taught import digest, log_probabilities, logits, pruned, stage
+from pydantic import ValidationError
 from test_data_free import Unseen
 
-from compress.errors import ModelError
 from compress.schemes.generator import Generator, Noise
 from compress.schemes.hard_examples import HardExamples, as_given, discrepancy
 from compress.stages.export import Export
@@ -127,6 +127,6 @@ def test_the_generator_moves_in_its_turn_only(product, run, monkeypatch):
     assert weights[3] == weights[4] == weights[5] != weights[2]
 
 
-def test_views_of_generated_images_are_refused(product, run):
-    with pytest.raises(ModelError, match="generated images never come a second time"):
-        stage(SCHEME, views=2).apply(product, run)
+def test_views_of_generated_images_are_refused():
+    with pytest.raises(ValidationError, match="`hard_examples` generates its images: no `views`"):
+        stage(SCHEME, views=2)

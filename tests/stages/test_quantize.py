@@ -9,12 +9,12 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from compress import checkpoint
+from compress.data.sample import sample, sample_size
 from compress.models import build
 from compress.models.mobilenet_v2 import MobileNetV2Settings
 from compress.product import Network, Product, Structure
 from compress.quantization import ActivationQuantizer, Quantization, QuantizedConv2d, fold_batchnorm, freeze
 from compress.stages.quantize import Quantize
-from compress.data.sample import sample, sample_size
 from compress.training import reestimated_batchnorm
 
 MODEL = {"use": "mobilenet_v2", "width": 0.1, "stem_stride": 1, "dropout": 0.0}

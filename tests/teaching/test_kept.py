@@ -19,6 +19,7 @@ from compress.data.loader import ImageData, Images
 from compress.errors import DataError, RecipeError
 from compress.pipeline import Silent, run_recipe
 from compress.product import Network, Product, Run
+from compress.pruning import MacGoal, Pruning, prune_network
 from compress.stages.distill import Distill
 from compress.stages.quantize import Quantize
 from compress.stages.train import Train
@@ -144,16 +145,16 @@ def test_unlabelled_images_teach(taught, run, extra):
     assert not same(plain, more)
 
 
-def test_a_pipeline_looks_at_them_before_it_trains(run, tmp_path, extra):
-    """A file that is no image is named at once; the stage is made again when the images are others."""
+def test_a_pipeline_knows_the_images(run, tmp_path, extra):
+    """One that is none is named before anything is trained; the stage is made again when they are others."""
     text = RECIPE.format(teacher="parent").partition("  - {use: quantize")[0]
     text = text.replace("{use: mobilenet_v2}", "{use: conftest:SmallNet}").replace("size: 32", "size: 16")
     text = text.replace("prune, goal: {macs: 0.5}", "prune, goal: {macs: 0.7}, round_to: 2")
     text = text.replace("teacher: parent", "epochs: 0, unlabeled: {path: extra}")
     (tmp_path / "recipe.yaml").write_text(text)
     loaded = recipe.load(tmp_path / "recipe.yaml")
-    (extra / "notes.txt").write_text("no image")
     options = {"command": "x", "base": tmp_path}
+    (extra / "notes.txt").write_text("no image")
     with pytest.raises(DataError, match=r"notes\.txt: is no readable image"):
         run_recipe(loaded, tmp_path / "out", Silent(), **options)
     assert list((tmp_path / "out" / "stages").iterdir()) == []
@@ -168,6 +169,15 @@ def test_a_pipeline_looks_at_them_before_it_trains(run, tmp_path, extra):
 def test_a_missing_folder_is_named(taught, run, tmp_path):
     with pytest.raises(DataError, match="nowhere: no such folder or zip archive"):
         distill(unlabeled={"path": str(tmp_path / "nowhere")}).apply(taught, run)
+
+
+@pytest.mark.parametrize("use", ["born_again", "assistants"])
+def test_a_scheme_of_several_teachers_keeps_the_answers_of_the_first(product, run, tmp_path, use):
+    narrow = prune_network(product.network, MacGoal(macs=0.6), Pruning(round_to=2, batchnorm_images=0), run=run)
+    pruned = replace(product, network=narrow, parent=product.network)
+    online = distill(scheme={"use": use}).apply(pruned, run)
+    for _ in range(2):
+        assert same(distill(scheme={"use": use}, cache=str(tmp_path / "answers")).apply(pruned, run), online)
 
 
 def test_what_a_block_cannot_say():
@@ -185,7 +195,7 @@ def test_what_a_block_cannot_say():
 @pytest.mark.parametrize("use", ["data_free", "hard_examples"])
 def test_generated_images_are_not_kept(use):
     for field, value in {"cache": "x", "unlabeled": {"path": "x"}}.items():
-        with pytest.raises(ValidationError, match=f"`{field}`: .*`{use}`"):
+        with pytest.raises(ValidationError, match=f"`{use}` generates its images: .*`{field}`"):
             distill(views=None, scheme={"use": use}, **{field: value})
 
 
