@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from compress.data.unlabeled import Unlabeled, WithUnlabeled, numbered, with_unlabeled
 from compress.errors import ModelError
@@ -26,6 +26,7 @@ from compress.teachers import TeacherSettings, changes, has_features
 from compress.teachers.parent import Parent
 from compress.teachers.teacher import Teacher
 from compress.teaching.cache import asked_once
+from compress.teaching.default import default_losses
 from compress.teaching.networks import Counterpart
 from compress.teaching.pairs import Pair, pair_up
 from compress.training import Fit, cross_entropy, fit, labels_loss
@@ -39,7 +40,9 @@ class Distillation(Settings):
     teacher: TeacherSettings = Field(default=Parent(use="parent"), validate_default=True)
     """`parent` is the network before compression; a text is the folder of a saved network
     (`runs/other/stages/01-train/network`); other kinds are mappings."""
-    losses: tuple[LossSettings, ...] = Field(default=(SoftTargets(use="kd"),), min_length=1)
+    losses: tuple[LossSettings, ...] | None = Field(default=None, min_length=1)
+    """null: `kd` at temperature 4, and for a float student that was pruned from its teacher `fitnets` on the channels
+    it kept, at the ends of stages."""
     labels: float = Field(default=0.1, ge=0)
     """Weight of the cross entropy with the labels."""
     labels_active: tuple[Part, Part] = (0.0, 1.0)
@@ -60,7 +63,7 @@ class Distillation(Settings):
             raise ValueError("`cache`: a teacher that changes while it teaches has no answers to keep; leave it out")
         if not has_features(self.teacher):
             term: Any
-            for term in self.losses:
+            for term in self.losses or ():
                 if term.needs_teacher and (isinstance(term, FeatureTerm) or term.needs_networks):
                     raise ValueError(f"`{term.use}` needs one of several teachers: set `features_from: 0` in `teacher`")
         return self
@@ -111,9 +114,13 @@ class Objective:
     ) -> None:
         self.settings, self.teacher, self.run, self.label_smoothing = distillation, teacher, run, label_smoothing
         self._counterpart = Counterpart(teacher, product.float_network or product.network, run)
+        terms: Sequence[Any] = distillation.losses or ()
+        if distillation.losses is None:
+            # Fake quantization was not part of the comparison that chose the hints.
+            soft_alone = isinstance(student, fx.GraphModule)
+            terms = (SoftTargets(use="kd"),) if soft_alone else default_losses(product.network, teacher)
         self._judges = [
-            _judge(number, term, teacher, product, run, student, self._counterpart)
-            for number, term in enumerate(distillation.losses)
+            _judge(number, term, teacher, product, run, student, self._counterpart) for number, term in enumerate(terms)
         ]
         trained = [module for judge in self._judges for module in _trained(judge)]
         self.companion: nn.Module | None = nn.ModuleList(trained) if trained else None
@@ -219,8 +226,10 @@ class Objective:
 
     def metrics(self) -> dict[str, Any]:
         """What the training's manifest says of the teacher and of the layers."""
+        found: dict[str, Any] = {"teacher": self.settings.teacher.model_dump(mode="json")}
+        found["losses"] = [judge.term.model_dump(mode="json") for judge in self._judges]
         losses = self.layer_losses()
-        return {"teacher": self.settings.teacher.model_dump(mode="json")} | ({"layer_losses": losses} if losses else {})
+        return found | ({"layer_losses": losses} if losses else {})
 
 
 def objective(
@@ -299,7 +308,7 @@ def with_more_images(distillation: Distillation, run: Run) -> Run:
 def refuse_misfits(distillation: Distillation, module: nn.Module, size: int, place: str) -> None:
     """Raises ModelError for a layer pattern of a loss that matches nothing in the student; costs no training."""
     names = [name for name, _ in module.named_modules() if name]
-    for term in distillation.losses:
+    for term in distillation.losses or ():
         layers = getattr(term, "layers", ())
         if layers == "auto":
             if isinstance(term, FeatureTerm):

@@ -13,6 +13,7 @@ from compress.losses.attention import attention_transfer
 from compress.losses.kd import soft_targets
 from compress.product import NO_LABEL, Batch, Network, Product, Run
 from compress.pruning import MacGoal, Pruning, prune_network
+from compress.quantization import Quantization, prepare
 from compress.stages.distill import Distill
 from compress.stages.quantize import Quantize
 from compress.teachers.teacher import Frozen
@@ -196,3 +197,23 @@ def test_a_strangers_channels_are_not_trusted_even_where_the_widths_agree(taught
     goal = objective(distillation(losses=(loss,)), taught, run, student=student, teacher=stranger)
     assert [tuple(adaptor.weight.shape) for adaptor in goal.companion] == [(16, 16, 1, 1)]
     assert objective(distillation(losses=(loss,)), taught, run, student=student).companion is None
+
+
+def test_the_default_is_kd_and_hints_on_the_channels_that_pruning_kept(pruned, taught, run, batch):
+    """For a float student that is narrower than the network it was pruned from; `kd` alone for all others."""
+
+    def losses(product: Product, student: nn.Module, **values: Any) -> list[str]:
+        goal = objective(distillation(**values), product, run, student=student)
+        assert goal.companion is None
+        return [loss["use"] for loss in goal.metrics()["losses"]]
+
+    narrow = pruned.network.module
+    assert losses(pruned, narrow) == ["kd", "fitnets"]
+    assert losses(pruned, prepare(narrow, Quantization(), run.data.preprocess)) == ["kd"]
+    assert losses(taught, taught.network.module) == ["kd"]  # as wide as its teacher
+    assert losses(pruned, narrow, teacher={"use": "itself"}) == ["kd"]
+    named = ({"use": "kd"}, {"use": "fitnets", "adaptor": "kept"})
+    values = [
+        objective(distillation(**v), pruned, run, student=narrow).loss(narrow, batch) for v in ({}, {"losses": named})
+    ]
+    torch.testing.assert_close(*values)
