@@ -143,10 +143,14 @@ def stage_ends(module: nn.Module, size: int) -> list[str]:
     for name in order:
         whole = order.count(name) == 1 and len(inside[name]) <= 2
         part = any(len(inside.get(outer, ())) <= 2 for outer in _ancestors(name)[1:])
-        if whole and not part and reached.get(name, (1, 1)) != (1, 1):
+        # The input is square: other maps have their channels last.
+        height, width = reached.get(name, (1, 1))
+        if whole and not part and height == width > 1:
             ends[reached[name]] = name
-    if not ends:
-        raise ModelError("layers", "`auto` found no layer that returns maps", "name layers of the network")
+    first = next((name for name in order if any(True for _ in modules[name].parameters(recurse=False))), "")
+    if set(ends.values()) <= {first}:  # none, or the patches of a transformer
+        problem = f"`auto` found no layer that returns maps{f' but the first, {first}' if ends else ''}"
+        raise ModelError("layers", problem, "name layers of the network")
     return list(ends.values())
 
 

@@ -40,6 +40,7 @@ from compress.stages import StageSettings
 from compress.stages.export import Export
 from compress.stages.quantize import Quantize
 from compress.targets import target
+from compress.teachers.teacher import refuse_other_task
 from compress.teaching import Distillation
 
 TOGETHER = ("train", "distill", "quantize")
@@ -402,7 +403,7 @@ class _Fold:
             module = _first_network(self.recipe, self.data, Silent(), self.base).module
             for stage in self.recipe.stages:
                 for teacher in _outside_teachers(stage):
-                    checkpoint.load(self.base / teacher)
+                    refuse_other_task(checkpoint.load(self.base / teacher), self.data, teacher)
                 for block in _blocks(stage):
                     if block.unlabeled is not None:
                         with_unlabeled(self.data, block.unlabeled, self.notes.shown, self.base)

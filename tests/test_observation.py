@@ -68,6 +68,25 @@ def test_values_before_an_inplace_relu_are_those_before_it():
     assert module[0].weight.grad.abs().sum() > 0
 
 
+def test_the_patches_of_a_transformer_are_no_stage():
+    module, images = settled("vit")
+    with pytest.raises(ModelError, match="`auto` found no layer that returns maps but the first, conv_proj"):
+        stage_ends(module, images.shape[-1])
+
+
+def test_maps_with_channels_last_are_not_taken_for_others():
+    """A Swin transformer's are (N, H, W, C)."""
+    module, images = settled("swin")
+    ends = stage_ends(module, images.shape[-1])
+    with torch.no_grad():
+        maps = observe(module, images, ends).maps
+    channels = {
+        module.get_submodule(end).out_channels for end in ends if hasattr(module.get_submodule(end), "out_channels")
+    }
+    assert {values.shape[1] for values in maps.values()} >= channels
+    assert not any(end.endswith("norm") for end in ends)
+
+
 def test_nothing_stays_behind_after_a_pass():
     module, images = settled("resnet18")
     observe(module, images, ["layer1", "layer2"])

@@ -118,3 +118,11 @@ class FeatureTerm(Term):
     layer_weights: Literal["equal", "carried"] | tuple[Annotated[float, Field(ge=0)], ...] = "equal"
     """Factors of the layers. `carried`: in proportion to what each layer's loss was at the end of the last stage that
     had this loss (the idea of GPUSQ-ViT, arXiv:2305.10727), with mean 1."""
+
+    @model_validator(mode="after")
+    def _has_layers_to_compare(self) -> Any:
+        if "layers" in self.model_fields_set and not self.layers:
+            raise ValueError("`layers` names no layer; leave it out for `auto`")
+        if not self.needs_teacher and (isinstance(self.layers, dict) or self.adaptor in ("kept", "linear")):
+            raise ValueError("compares the student with itself: no `adaptor`, and `layers` without a mapping")
+        return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from compress.quantization.graph import hand_over_results, set_module, trace
+from compress.quantization.graph import RESULT_OF, hand_over_results, set_module, trace
 
 
 def fold_batchnorm(module: nn.Module) -> fx.GraphModule:
@@ -38,6 +38,7 @@ def fold_batchnorm(module: nn.Module) -> fx.GraphModule:
             continue
         set_module(graph_module, before.target, fused)
         modules[before.target] = fused
+        before.meta.pop(RESULT_OF, None)  # what the layer returned before BatchNorm is nowhere in the graph any more
         hand_over_results(node, before)
         node.replace_all_uses_with(before)
         graph_module.graph.erase_node(node)

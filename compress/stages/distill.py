@@ -10,7 +10,7 @@ from torch import nn
 
 from compress.product import Network, Preprocess, Product, Run
 from compress.schemes import SchemeSettings
-from compress.teaching import Taught, refuse_misfits, teach, with_more_images
+from compress.teaching import Taught, teach, with_more_images
 from compress.training import refuse_unmatched
 
 
@@ -23,20 +23,18 @@ class Distill(Taught):
 
     @model_validator(mode="after")
     def _generated_images_come_once(self) -> Distill:
-        if (
-            (self.views or self.cache or self.unlabeled)
-            and self.scheme is not None
-            and self.scheme.use in ("data_free", "hard_examples")
-        ):
-            raise ValueError(
-                f"`{self.scheme.use}` generates its images: no `views` and no `cache` of them, and no `unlabeled` ones"
-            )
+        if self.scheme is not None and self.scheme.use in ("data_free", "hard_examples"):
+            use = f"`{self.scheme.use}` generates its images"
+            if self.views or self.cache or self.unlabeled:
+                raise ValueError(f"{use}: no `views` and no `cache` of them, and no `unlabeled` ones")
+            if any(loss.use == "crd" for loss in self.losses or ()):
+                raise ValueError(f"{use}: `crd` needs images that come again")
         return self
 
     def check(self, module: nn.Module, preprocess: Preprocess) -> None:
         """Raises ModelError for a pattern that matches no parameter, or no layer, and for what the scheme refuses."""
         refuse_unmatched(module, self.only, "distill")
-        refuse_misfits(self, module, preprocess.size, "stage distill")
+        self.refuse_misfits(module, preprocess.size, "stage distill")
         if self.scheme is not None:
             self.scheme.check(module, preprocess)
 

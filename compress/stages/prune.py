@@ -43,6 +43,8 @@ class Prune(Pruning, Aim):  # pydantic lists the fields of later bases first, an
     def check(self, module: nn.Module, preprocess: Preprocess) -> None:
         """Raises ModelError for a network that cannot be followed, an unmatched pattern, a goal out of reach."""
         refuse_unreachable(module, self.goal, self, size=preprocess.size, place=PLACE)
+        if self.distill is not None:
+            self.distill.refuse_misfits(module, preprocess.size, PLACE)
 
     def apply(self, product: Product, run: Run) -> Product:
         size = run.data.preprocess.size

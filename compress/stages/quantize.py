@@ -16,7 +16,7 @@ from compress.quantization.calibration import Method, calibrate_weights
 from compress.quantization.equalize import find_pairs
 from compress.quantization.fake_quant import hold_grids
 from compress.quantization.rewrite import rewritable
-from compress.teaching import Distillation, refuse_misfits, teach
+from compress.teaching import Distillation, teach
 from compress.training import Fit, reestimated_batchnorm
 
 BATCH = 32
@@ -89,7 +89,7 @@ class Quantize(Fit, Quantization):
         """Raises ModelError naming the first layer that has no int8 counterpart; costs no training."""
         prepare(module, self.quantization(), preprocess)
         if self.distill is not None:
-            refuse_misfits(self.distill, module, preprocess.size, "stage quantize")
+            self.distill.refuse_misfits(module, preprocess.size, "stage quantize", quantized=True)
 
     def apply(self, product: Product, run: Run) -> Product:
         batches = list(sample(run, self.calibration_images, batch_size=BATCH))

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import nn
 
 from compress.product import Network, Preprocess, Product, Run
-from compress.teaching import Distillation, refuse_misfits, teach
+from compress.teaching import Distillation, teach
 from compress.training import Fit, refuse_unmatched
 
 
@@ -23,7 +23,7 @@ class Train(Fit):
         """Raises ModelError for a pattern that matches no parameter, or no layer."""
         refuse_unmatched(module, self.only, "train")
         if self.distill is not None:
-            refuse_misfits(self.distill, module, preprocess.size, "stage train")
+            self.distill.refuse_misfits(module, preprocess.size, "stage train")
 
     def apply(self, product: Product, run: Run) -> Product:
         module, metrics = teach(product.network.module, self, product, run, label="train", by=self.distill)

@@ -22,5 +22,5 @@ class Saved(Settings):
     def open(self, product: Product, run: Run) -> Teacher:
         """Raises ModelError for a folder without a network, or one for another task."""
         network = checkpoint.load(Path(self.path))
-        refuse_other_task(network, run, self.path)
+        refuse_other_task(network, run.data, self.path)
         return Frozen(network, run, related=False)

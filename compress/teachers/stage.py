@@ -38,7 +38,7 @@ class Stage(Settings):
             known = f"they are {', '.join(earlier)}" if earlier else "this one is the first"
             raise ModelError(place, f"no stage `{self.folder}` comes before this one", known)
         network = checkpoint.load(_left_by(stages / self.folder))
-        refuse_other_task(network, run, place)
+        refuse_other_task(network, run.data, place)
         return Frozen(network, run, related=True)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compress.errors import ModelError
 from compress.observation import Answers, observe
-from compress.product import Batch, Network, Run
+from compress.product import Batch, Data, Network, Run
 from compress.quantization import fold_batchnorm
 
 
@@ -95,18 +95,18 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def refuse_other_task(network: Network, run: Run, place: str) -> None:
+def refuse_other_task(network: Network, data: Data, place: str) -> None:
     """Raises ModelError where a teacher sees other pixels or knows other classes than the run's data."""
-    if network.structure.preprocess != run.data.preprocess:
+    if network.structure.preprocess != data.preprocess:
         raise ModelError(
             place,
             f"this teacher sees other pixels ({network.structure.preprocess})",
             "name a network trained with this recipe's `preprocess`",
         )
     classes = network.structure.num_classes
-    if classes != len(run.data.labels):
+    if classes != len(data.labels):
         raise ModelError(
             place,
-            f"this teacher knows {classes} classes, the data has {len(run.data.labels)}",
+            f"this teacher knows {classes} classes, the data has {len(data.labels)}",
             "name a network trained on the same classes",
         )

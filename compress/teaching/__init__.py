@@ -5,9 +5,8 @@ from compress.teaching.objective import (
     Objective,
     Taught,
     objective,
-    refuse_misfits,
     teach,
     with_more_images,
 )
 
-__all__ = ["Distillation", "Objective", "Taught", "objective", "refuse_misfits", "teach", "with_more_images"]
+__all__ = ["Distillation", "Objective", "Taught", "objective", "teach", "with_more_images"]

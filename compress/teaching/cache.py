@@ -110,6 +110,7 @@ class Cached:
         self.row = np.dtype([("logits", "<f4", (self.classes,)), ("pixels", "<u4"), ("check", "<u4")])
         wanted = facts(run, fingerprint, augment=augment)
         try:
+            self._refuse_other_content()
             folder.mkdir(parents=True, exist_ok=True)
             with self._locked(fcntl.LOCK_EX):
                 self._open(wanted)
@@ -162,11 +163,17 @@ class Cached:
             if different := _different(found, wanted):
                 raise DataError(self.folder, f"is a stale cache: {different}", way_out)
             return
+        self._refuse_other_content()
+        manifest.write_json(header, wanted)
+
+    def _refuse_other_content(self) -> None:
+        """Raises DataError for a folder with something that is no cache, and leaves it as it is."""
+        if not self.folder.is_dir() or (self.folder / HEADER).exists():
+            return
         others = sorted(path.name for path in self.folder.iterdir() if path.name not in (LOCK, f"{HEADER}.tmp"))
         if others:
             problem = f"holds {others[0]}, but no {HEADER} that says whose answers these are"
             raise DataError(self.folder, problem, "name an empty or a new folder as `cache`")
-        manifest.write_json(header, wanted)
 
     def _read(self, path: Path, numbers: list[int]) -> np.ndarray:
         """Records, with check 0 where nothing is known; whoever calls holds the lock."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,16 +16,22 @@ from compress.errors import ModelError
 from compress.losses import LossSettings
 from compress.losses.kd import SoftTargets
 from compress.losses.lesson import NO_LABEL, Facts, FeatureTerm, Lesson
-from compress.models.patterns import matching
-from compress.observation import Answers, before_activations, observe, stage_ends, unwrapped
+from compress.observation import Answers, observe, unwrapped
 from compress.product import Batch, Product, Run
 from compress.quantization.fake_quant import ActivationQuantizer
 from compress.settings import Settings
 from compress.teachers import TeacherSettings, changes, has_features
 from compress.teachers.parent import Parent
 from compress.teachers.teacher import Teacher
-from compress.teaching.cache import asked_once
+from compress.teaching.cache import Ask, asked_once
 from compress.teaching.default import default_losses
+from compress.teaching.fitting import (
+    names_of_values,
+    refuse_misfits,
+    refuse_number_of_weights,
+    refuse_single_derivatives,
+    said_of,
+)
 from compress.teaching.networks import Counterpart
 from compress.teaching.pairs import Pair, pair_up
 from compress.training import Fit, cross_entropy, fit, labels_loss
@@ -68,6 +73,10 @@ class Distillation(Settings):
                     raise ValueError(f"`{term.use}` needs one of several teachers: set `features_from: 0` in `teacher`")
         return self
 
+    def refuse_misfits(self, module: nn.Module, size: int, place: str, *, quantized: bool = False) -> None:
+        """Raises ModelError for a loss that does not fit `module`, the network before anything was trained."""
+        refuse_misfits(self.losses or (), self.teacher, module, size, place, quantized=quantized)
+
 
 class Taught(Fit, Distillation):
     """A training with a teacher: how long, how fast, by whom and with what."""
@@ -90,6 +99,11 @@ class _Judge:
     def active(self, progress: float) -> bool:
         begin, end = self.term.active
         return bool(begin <= progress < end and self.term.weight > 0)
+
+    def asks_always(self) -> bool:
+        """Whether it needs the teacher's forward pass at every step, so that kept logits save nothing."""
+        more = bool(self.pairs) or self.term.needs_input_gradients
+        return bool(self.term.needs_teacher and more and self.term.weight > 0 and self.term.active == (0.0, 1.0))
 
     def keep(self, values: Tensor, epoch: int) -> None:
         """Adds to the mean of the running epoch, for `layer_losses`."""
@@ -125,14 +139,14 @@ class Objective:
         trained = [module for judge in self._judges for module in _trained(judge)]
         self.companion: nn.Module | None = nn.ModuleList(trained) if trained else None
         self.layers = tuple(dict.fromkeys(pair.student for judge in self._judges for pair in judge.pairs))
-        self._logits = asked_once(
-            self._asked,
-            teacher.fingerprint,
-            run,
-            views=distillation.views,
-            cache=cache,
-            augment=augment,
-        )
+        self._logits: Ask = self._asked
+        always = [judge.term.use for judge in self._judges if judge.asks_always()]
+        if not always:
+            self._logits = asked_once(
+                self._asked, teacher.fingerprint, run, views=distillation.views, cache=cache, augment=augment
+            )
+        elif distillation.views or cache is not None:
+            run.progress.note(f"The teacher is asked at every step: `{always[0]}` needs more of it than logits.")
 
     def _asked(self, batch: Batch) -> Tensor:
         return self.teacher.answers(batch, ()).logits_NK
@@ -192,9 +206,10 @@ class Objective:
     def _lesson(
         self, judge: _Judge, said: Answers, answers: Answers, batch: Batch, student: nn.Module
     ) -> Lesson | None:
-        # A loss without a teacher is given the student's own maps in its place.
-        theirs = answers.maps if judge.term.needs_teacher else said.maps
-        aligned = [pair.align(said.maps[pair.student], theirs[pair.teacher]) for pair in judge.pairs]
+        if judge.term.needs_teacher:
+            aligned = [pair.align(said.maps[pair.student], answers.maps[pair.teacher]) for pair in judge.pairs]
+        else:  # it is given the student's own maps
+            aligned = [(said.maps[pair.student], said.maps[pair.student].detach()) for pair in judge.pairs]
         lesson = Lesson(
             student_NK=said.logits_NK,
             teacher_NK=answers.logits_NK,
@@ -218,10 +233,10 @@ class Objective:
         for judge in self._judges:
             if isinstance(judge.sums, Tensor) and judge.count:
                 means = (judge.sums / judge.count).tolist()
-                names = _names_of_values(judge.term, judge.pairs) if judge.pairs else []
+                names = names_of_values(judge.term, judge.pairs) if judge.pairs else []
                 if len(names) != len(means):
                     names = [str(number) for number in range(len(means))]
-                found[judge.term.use] = dict(zip(names, means, strict=True))
+                found.setdefault(judge.term.use, {}).update(zip(names, means, strict=True))
         return found
 
     def metrics(self) -> dict[str, Any]:
@@ -305,19 +320,6 @@ def with_more_images(distillation: Distillation, run: Run) -> Run:
     return replace(run, data=with_unlabeled(run.data, distillation.unlabeled, run.progress, Path.cwd()))
 
 
-def refuse_misfits(distillation: Distillation, module: nn.Module, size: int, place: str) -> None:
-    """Raises ModelError for a layer pattern of a loss that matches nothing in the student; costs no training."""
-    names = [name for name, _ in module.named_modules() if name]
-    for term in distillation.losses or ():
-        layers = getattr(term, "layers", ())
-        if layers == "auto":
-            if isinstance(term, FeatureTerm):
-                (before_activations if term.where == "activations" else stage_ends)(module, size)
-        else:
-            for pattern in layers or ():
-                matching(pattern, names, field="layers", place=place)
-
-
 def _judge(
     number: int,
     term: Any,
@@ -331,20 +333,22 @@ def _judge(
     if term.needs_networks and term.needs_teacher and teacher.network is None:
         raise ModelError(place, "needs one network as teacher, not several", "choose another teacher")
     if term.needs_input_gradients and any(isinstance(child, ActivationQuantizer) for child in student.modules()):
-        problem = "differentiates twice, and rounding has no second derivative"
-        raise ModelError(place, problem, "use it in a float stage")
+        refuse_single_derivatives(student, 0, place, quantized=True)
     network = product.float_network or product.network
     images = numbered(run.data)
     if isinstance(term, FeatureTerm):
-        there = teacher.network or network
-        pairs, facts = pair_up(term, network, student, there, place, images=images, related=teacher.related)
+        there = teacher.network if teacher.network is not None and term.needs_teacher else network
+        with said_of(place):
+            pairs, facts = pair_up(term, network, student, there, place, images=images, related=teacher.related)
         weights = _layer_weights(term, product, pairs, place)
     else:
         pairs, facts, weights = [], Facts((), (), (), network.structure.num_classes, images), None
         if term.needs_networks:
             theirs = counterpart.module(student) if term.needs_teacher else None
             facts = replace(facts, student=student, teacher=theirs, kept=counterpart.kept)
-    return _Judge(term, number, pairs, term.parts(facts), weights)
+    with said_of(place):
+        parts = term.parts(facts)
+    return _Judge(term, number, pairs, parts, weights)
 
 
 def _trained(judge: _Judge) -> list[nn.Module]:
@@ -355,7 +359,7 @@ def _trained(judge: _Judge) -> list[nn.Module]:
 def _layer_weights(term: Any, product: Product, pairs: Sequence[Pair], place: str) -> Tensor | None:
     if term.layer_weights == "equal":
         return None
-    names = _names_of_values(term, pairs)
+    names = names_of_values(term, pairs)
     if term.layer_weights == "carried":
         before: Mapping[str, float] = product.layer_losses.get(term.use, {})
         missing = [name for name in names if name not in before]
@@ -367,18 +371,8 @@ def _layer_weights(term: Any, product: Product, pairs: Sequence[Pair], place: st
             )
         values = torch.tensor([before[name] for name in names])
         return values / values.mean().clamp_min(torch.finfo(values.dtype).tiny)
-    if len(term.layer_weights) != len(names):
-        kind = "pairs of layers" if term.between else "layers"
-        raise ModelError(
-            place, f"{len(term.layer_weights)} layer_weights for {len(names)} {kind}", f"they are {', '.join(names)}"
-        )
+    refuse_number_of_weights(term, pairs, place)
     return torch.tensor(term.layer_weights)
-
-
-def _names_of_values(term: FeatureTerm, pairs: Sequence[Pair]) -> list[str]:
-    """What each value that a loss returns belongs to: a layer, or the way from one to the next."""
-    names = [pair.student for pair in pairs]
-    return [f"{a} to {b}" for a, b in pairwise(names)] if term.between else names
 
 
 def _labelled(lesson: Lesson) -> Lesson | None:

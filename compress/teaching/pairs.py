@@ -67,7 +67,12 @@ def chosen_layers(
             matching(pattern, names, field="layers", place=place)
         pairs = list(term.layers.items())
     else:
-        matched = [name for pattern in term.layers for name in matching(pattern, names, field="layers", place=place)]
+        seen = {*student} & {*teacher}
+        matched: list[str] = []
+        for pattern in term.layers:
+            found = matching(pattern, names, field="layers", place=place)
+            # Of many that a pattern means, those that quantization fused with others do not count.
+            matched += found if pattern in found else [name for name in found if name in seen] or found[:1]
         pairs = [(name, name) for name in sorted(dict.fromkeys(matched), key=names.index)]
     for mine, theirs in pairs:
         for name, there, who in ((mine, student, "student"), (theirs, teacher, "teacher")):

@@ -386,6 +386,7 @@ def test_what_is_no_cache_stays_as_it_is(photographs, folder, tmp_path):
     with pytest.raises(DataError, match=r"holds thesis\.tex, but no cache\.json"):
         Cached(teacher(), folder, FINGERPRINT, photographs, augment=True)
     assert (folder / "thesis.tex").read_text() == "years of work"
+    assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
     with pytest.raises(DataError, match="cannot be kept here"):
         Cached(teacher(), folder / "thesis.tex", FINGERPRINT, photographs, augment=True)
 

@@ -217,3 +217,49 @@ def test_the_default_is_kd_and_hints_on_the_channels_that_pruning_kept(pruned, t
         objective(distillation(**v), pruned, run, student=narrow).loss(narrow, batch) for v in ({}, {"losses": named})
     ]
     torch.testing.assert_close(*values)
+
+
+def test_a_layer_before_batchnorm_has_no_place_under_fake_quantization(pruned, run):
+    """BatchNorm is folded into it: comparing what it returns then would be comparing two different things."""
+    prepared = prepare(pruned.network.module, Quantization(), run.data.preprocess)
+    with pytest.raises(ModelError, match="the student has no layer `stem` to observe"):
+        objective(distillation(losses=({"use": "fitnets", "layers": ("stem",)},)), pruned, run, student=prepared)
+    goal = objective(distillation(losses=({"use": "fitnets", "layers": ("stem*",)},)), pruned, run, student=prepared)
+    assert goal.layers == ("stem_bn",)
+
+
+def test_two_losses_of_one_name_keep_the_losses_of_all_their_layers(pruned, run):
+    losses = ({"use": "attention", "layers": ("stem",)}, {"use": "attention", "layers": ("down",)})
+    done = distill(losses=losses, epochs=1).apply(pruned, run)
+    assert set(done.layer_losses["attention"]) == {"stem", "down"}
+
+
+def test_misfits_are_found_before_training(pruned, run):
+    """With the network as the recipe builds it, and no data."""
+    module, size = pruned.original.module, run.data.preprocess.size
+    for loss, said in (
+        ({"use": "attention", "layers": {"stem": "away"}}, "the teacher has no layer `away`"),
+        ({"use": "attention", "layers": ("stem",), "layer_weights": (1.0, 2.0)}, "2 layer_weights for 1 layers"),
+        ({"use": "fsp", "layers": ("stem",)}, "fsp"),
+        ({"use": "attention", "layers": ("head",)}, "attention"),
+    ):
+        with pytest.raises(ModelError) as caught:
+            distillation(losses=(loss,)).refuse_misfits(module, size, "stage distill")
+        assert str(caught.value).startswith(f"stage distill: losses.0 ({loss['use']}): ")
+        assert said in str(caught.value)
+    twice = distillation(losses=({"use": "attention_gradient"},))
+    twice.refuse_misfits(module, size, "stage distill")
+    with pytest.raises(ModelError, match="rounding has no second derivative"):
+        twice.refuse_misfits(module, size, "stage quantize", quantized=True)
+
+
+def test_kept_answers_are_not_promised_where_the_teacher_is_asked_anyway(pruned, run):
+    notes: list[str] = []
+
+    class Listening:
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    listening = replace(run, progress=Listening())
+    objective(distillation(views=2), pruned, listening, student=pruned.network.module)
+    assert notes == ["The teacher is asked at every step: `fitnets` needs more of it than logits."]

@@ -1,0 +1,112 @@
+"""Whether losses fit the networks, asked before anything is trained."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress.errors import ModelError
+from compress.losses.lesson import FeatureTerm
+from compress.models.patterns import matching
+from compress.product import Network, Preprocess, Structure
+from compress.quantization.fake_quant import ActivationQuantizer
+from compress.teachers import TeacherSettings, everyone
+from compress.teaching.pairs import Pair, pair_up
+
+PLENTY = 10_000
+"""Images, where losses are asked about networks before there are data."""
+
+
+def refuse_misfits(
+    losses: Sequence[Any],
+    teacher: TeacherSettings,
+    module: nn.Module,
+    size: int,
+    place: str,
+    *,
+    quantized: bool = False,
+) -> None:
+    """Raises ModelError for a loss that does not fit the student or, of one architecture with it, the teacher.
+
+    `module` is the network before anything was trained; `quantized` says that it will be taught with fake quantization.
+    Costs no training.
+    """
+    names = [name for name, _ in module.named_modules() if name]
+    alike = all(single.use != "saved" for single in everyone(teacher))
+    structure = Structure(model={}, num_classes=_classes(module, size), preprocess=Preprocess(size=size))
+    network = Network(module, structure)
+    for number, term in enumerate(losses):
+        where = f"{place}: losses.{number} ({term.use})"
+        if term.needs_input_gradients:
+            refuse_single_derivatives(module, size, where, quantized=quantized)
+        if isinstance(term, FeatureTerm) and (alike or not term.needs_teacher):
+            with said_of(where):
+                pairs, facts = pair_up(term, network, module, network, where, images=PLENTY, related=True)
+                term.parts(facts)
+            refuse_number_of_weights(term, pairs, where)
+        else:
+            layers = getattr(term, "layers", ())
+            for pattern in layers if layers != "auto" else ():
+                matching(pattern, names, field="layers", place=where)
+
+
+def _classes(module: nn.Module, size: int) -> int:
+    was_training = module.training
+    with torch.no_grad():
+        logits_NK = module.eval()(torch.zeros(2, 3, size, size))
+    module.train(was_training)
+    return int(logits_NK.shape[1])
+
+
+def refuse_single_derivatives(module: nn.Module, size: int, place: str, *, quantized: bool) -> None:
+    """Raises ModelError where the gradient of the input cannot be differentiated itself."""
+    what, way_out = "differentiates twice, and {} has no second derivative", "use it in a float stage"
+    if quantized or any(isinstance(child, ActivationQuantizer) for child in module.modules()):
+        raise ModelError(place, what.format("rounding"), way_out)
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    images = torch.rand(2, 3, size, size, device=device, requires_grad=True)
+    was_training = module.training
+    try:
+        (gradient,) = torch.autograd.grad(module.eval()(images).square().sum(), images, create_graph=True)
+        torch.autograd.grad(
+            gradient.square().sum(), [p for p in module.parameters() if p.requires_grad], allow_unused=True
+        )
+    except RuntimeError as error:
+        first = (str(error).strip().splitlines() or ["an operator"])[0]
+        raise ModelError(
+            place, what.format("an operator of this network") + f" ({first})", "use another loss"
+        ) from error
+    finally:
+        module.train(was_training)
+
+
+@contextlib.contextmanager
+def said_of(place: str) -> Iterator[None]:
+    """A ModelError from inside says which stage and loss it is about."""
+    try:
+        yield
+    except ModelError as error:
+        if error.place == place:
+            raise
+        raise ModelError(place, f"{error.place}: {error.problem}", error.way_out) from error
+
+
+def refuse_number_of_weights(term: FeatureTerm, pairs: Sequence[Pair], place: str) -> None:
+    """Raises ModelError where `layer_weights` are not as many as the values that the loss returns."""
+    names = names_of_values(term, pairs)
+    if isinstance(term.layer_weights, tuple) and len(term.layer_weights) != len(names):
+        kind = "pairs of layers" if term.between else "layers"
+        raise ModelError(
+            place, f"{len(term.layer_weights)} layer_weights for {len(names)} {kind}", f"they are {', '.join(names)}"
+        )
+
+
+def names_of_values(term: FeatureTerm, pairs: Sequence[Pair]) -> list[str]:
+    """What each value that a loss returns belongs to: a layer, or the way from one to the next."""
+    names = [pair.student for pair in pairs]
+    return [f"{a} to {b}" for a, b in pairwise(names)] if term.between else names
