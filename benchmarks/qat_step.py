@@ -34,7 +34,7 @@ from compress.pipeline import Silent
 from compress.product import Batch, Network, Preprocess, Product, Run, Structure
 from compress.quantization import Quantization, calibrate, prepare
 from compress.quantization.fake_quant import hold_grids
-from compress.stages.distill import Distillation, objective
+from compress.teaching import Distillation, objective
 from compress.training import Fit, Loss, labels_loss, memory_kept, optimizer_of
 
 CPU = torch.device("cpu")
@@ -111,8 +111,9 @@ def steps(size: int, batch: int) -> dict[str, Step]:
 
     structure = Structure(model={"use": "mobilenet_v2"}, num_classes=CLASSES, preprocess=data.preprocess)
     product = Product(Network(network().eval(), structure))
-    online = objective(Distillation(), product, run)
-    remembered = objective(Distillation(views=1), product, run)
+    student = product.network.module
+    online = objective(Distillation(), product, run, student=student).loss
+    remembered = objective(Distillation(views=1), product, run, student=student).loss
     labels = labels_loss()
     made = {
         "float": (network(), labels),

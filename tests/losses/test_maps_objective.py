@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from networks import NETWORKS, size_of
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from compress.errors import ModelError
@@ -57,7 +58,7 @@ def batch(run: Run) -> Batch:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"use": use} for use in ON_LAYERS + ON_PIXELS] + [{"use": use, "adaptor": "linear"} for use in ON_LAYERS],
+    [{"use": use} for use in ON_LAYERS + ON_PIXELS] + [{"use": use, "adaptor": "linear"} for use in ON_LAYERS[:-1]],
 )
 def test_a_pruned_network_learns_from_each(pruned, run, batch, settings):
     use = settings["use"]
@@ -97,6 +98,12 @@ def test_rounding_cannot_be_differentiated_twice(pruned, run, use):
     prepared = Quantize(use="quantize", epochs=0, calibration_images=8).apply(pruned, run)
     with pytest.raises(ModelError, match=f"losses.0 .{use}.*differentiates twice"):
         objective(Distillation(losses=({"use": use},)), prepared, run, student=prepared.network.module)
+
+
+@pytest.mark.parametrize("asked", [{"adaptor": "linear"}, {"adaptor": "kept"}, {"layers": {"a": "b"}}])
+def test_self_attention_compares_the_student_with_itself(asked):
+    with pytest.raises(ValidationError, match="compares the student with itself"):
+        SelfAttention(use="self_attention", **asked)
 
 
 def test_self_attention_never_asks_the_teacher(pruned, run, batch):

@@ -113,12 +113,12 @@ def test_weights_that_cannot_be_drawn_anew_are_named_before_training(run):
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.scale = nn.Parameter(torch.ones(3, 1, 1))
+            self.scale = nn.Parameter(torch.ones(8, 1, 1))
 
         def forward(self, images_NCHW: Tensor) -> Tensor:
             return images_NCHW * self.scale
 
-    module = nn.Sequential(nn.Conv2d(3, 8, 3), Scaled(), nn.Flatten(), nn.LazyLinear(5))
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), Scaled(), nn.Flatten(), nn.Linear(8 * 14 * 14, 5))
     with pytest.raises(ModelError, match="1: `reinitialize` cannot draw the weights of a Scaled anew"):
         stage({"use": "born_again", "reinitialize": True}).check(module, run.data.preprocess)
 

@@ -86,7 +86,7 @@ def test_a_network_without_a_place_to_cut_is_refused():
         tail_after(Branching(), "down")
     with pytest.raises(ModelError, match="the network cannot be cut here"):
         split(networks.convnext(), "auto", Preprocess(size=32))
-    with pytest.raises(ModelError, match="`after: auto` needs two stages"):
+    with pytest.raises(ModelError, match="`auto` found no layer that returns maps but the first"):
         split(networks.vit(), "auto", Preprocess(size=32))
 
 

@@ -186,7 +186,7 @@ def test_maps_are_cut_to_the_students_channels(product, run):
 def test_a_step_is_the_students_loss_and_that_of_the_wider_network(product, run):
     student = without_dropout(pruned(without_dropout(product), run))
     module = copy.deepcopy(student.network.module).train()
-    goal = objective(stage(None, labels=1.0), student, run, student=module)
+    goal = objective(stage(None, labels=1.0, losses=({"use": "kd"},)), student, run, student=module)
     augmented = augment(student, 16).train()
     batch = next(iter(run.data.batches("train", batch_size=16)))
     scheme = NetAug(use="netaug", weight=0.5)
