@@ -133,6 +133,9 @@ class Objective:
             # Fake quantization was not part of the comparison that chose the hints.
             soft_alone = isinstance(student, fx.GraphModule)
             terms = (SoftTargets(use="kd"),) if soft_alone else default_losses(product.network, teacher)
+            for hints in (term for term in terms if isinstance(term, FeatureTerm)):
+                layers = ", ".join(hints.layers)
+                run.progress.note(f"No losses are named: `kd`, and hints on the kept channels of {layers}.")
         self._judges = [
             _judge(number, term, teacher, product, run, student, self._counterpart) for number, term in enumerate(terms)
         ]

@@ -262,4 +262,5 @@ def test_kept_answers_are_not_promised_where_the_teacher_is_asked_anyway(pruned,
 
     listening = replace(run, progress=Listening())
     objective(distillation(views=2), pruned, listening, student=pruned.network.module)
-    assert notes == ["The teacher is asked at every step: `fitnets` needs more of it than logits."]
+    assert notes[0].startswith("No losses are named: `kd`, and hints on the kept channels of ")
+    assert notes[1:] == ["The teacher is asked at every step: `fitnets` needs more of it than logits."]
