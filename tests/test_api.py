@@ -51,6 +51,7 @@ def place(tmp_path, monkeypatch):
 def test_load_distill_save_in_under_ten_lines(place):
     code = re.search(r"```python\n(.*?)```", DOCS, re.DOTALL).group(1)
     assert len([line for line in code.splitlines() if line.strip()]) < 10
+    assert code in (Path(__file__).parents[1] / "README.md").read_text()
     before = {path.name: path.read_bytes() for path in Path("parent").iterdir()}
     exec(compile(code, "docs/distillation.md", "exec"), {})
     student, parent = api.load("student"), api.load("parent")
