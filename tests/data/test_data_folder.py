@@ -3,12 +3,12 @@
 import io
 import shutil
 import zipfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from pictures import Notes, picture
 from PIL import Image
 
 from compress.data import Folder, open_data
@@ -18,24 +18,6 @@ from compress.errors import DataError
 from compress.product import Preprocess
 
 PHOTOS = Path(__file__).resolve().parents[2].parent / "shared/data/imagenette_112px.zip"
-
-
-class Notes:
-    def __init__(self):
-        self.notes, self.bars = [], []
-
-    @contextmanager
-    def steps(self, label, total):
-        self.bars.append(label)
-        yield lambda text: None
-
-    def note(self, text):
-        self.notes.append(text)
-
-
-def picture(seed, size=(20, 16)):
-    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3))
-    return Image.fromarray(noise.astype(np.uint8))
 
 
 @pytest.fixture

@@ -1,12 +1,12 @@
 """Unlabelled images beside labelled ones, and each way in which they can be wrong."""
 
 import zipfile
-from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from pictures import Notes, picture
 from PIL import Image
 from pydantic import ValidationError
 
@@ -19,24 +19,6 @@ from compress.errors import DataError
 from compress.product import NO_LABEL, Preprocess
 
 PREPROCESS = Preprocess(size=8)
-
-
-class Notes:
-    def __init__(self):
-        self.notes, self.bars = [], []
-
-    @contextmanager
-    def steps(self, label, total):
-        self.bars.append(label)
-        yield lambda text: None
-
-    def note(self, text):
-        self.notes.append(text)
-
-
-def picture(seed, size=(20, 16)):
-    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3))
-    return Image.fromarray(noise.astype(np.uint8))
 
 
 @pytest.fixture
