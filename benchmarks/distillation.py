@@ -27,14 +27,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from int8_quality import SUFFIXES, Photographs, measure
+from int8_quality import SUFFIXES, Photographs, measure, run_in, runs_of
 from rich.console import Console
 
 from compress import checkpoint, manifest, measures, recipe
 from compress.data import open_data
 from compress.errors import CompressError
-from compress.pipeline import run_recipe
-from compress.product import Batch, Data, Product, Progress, Run, Split
+from compress.product import Batch, Data, Product, Progress, Split
 from compress.progress import RichProgress
 from compress.stages.distill import Distill
 from compress.stages.quantize import Quantize
@@ -114,18 +113,6 @@ class InMemory:
         if chosen not in self.made:
             self.made[chosen] = list(self.data.batches(split, **how))
         return self.made[chosen]
-
-
-def trained_parents(options: argparse.Namespace, progress: Progress) -> list[Path]:
-    """Run folders with a parent and its pruned network, one per seed, made by the recipe unless they are there."""
-    folders = []
-    for seed in range(options.seeds):
-        folder = options.work / str(seed)
-        command = shlex.join(["python", *sys.argv])
-        chosen = recipe.load(options.recipe, [f"seed={seed}"])
-        run_recipe(chosen, folder, progress, command=command, base=Path.cwd(), device=torch.device("cpu"))
-        folders.append(folder)
-    return folders
 
 
 def product_of(folder: Path) -> Product:
@@ -211,7 +198,7 @@ def main() -> None:
 
 def benchmark(options: argparse.Namespace, progress: Progress) -> None:
     """Measures what is missing in the JSON, row by row over all seeds, and writes the table after each."""
-    folders = options.runs or trained_parents(options, progress)
+    folders = options.runs or runs_of(options, progress)
     settings = recipe.load(options.recipe)
     data = InMemory(open_data(settings.data, settings.preprocess, progress, Path.cwd()))
     photographs = Photographs.of(data, options.images)
@@ -228,15 +215,7 @@ def benchmark(options: argparse.Namespace, progress: Progress) -> None:
             data.made.clear()
         distill, quantize = row.stages(options.epochs, options.lr, options.qat_epochs)
         with tempfile.TemporaryDirectory() as place:
-            run = Run(
-                folder=Path(place),
-                data=data,
-                device=torch.device(options.device),
-                seed=seed,
-                progress=progress,
-                recipe_hash="",
-                stage=row.name,
-            )
+            run = run_in(place, data, progress, seed=seed, name=row.name, device=options.device)
             torch.manual_seed(seed)
             began, cpu = time.perf_counter(), _cpu_seconds()
             distilled = distill.apply(product, run)

@@ -119,16 +119,33 @@ def measure(network: Network, photographs: Photographs, threads: int) -> dict[st
     return classes
 
 
+def runs_of(options: argparse.Namespace, progress: Progress) -> list[Path]:
+    """Run folders of the recipe, one per seed, made unless they are there."""
+    folders = [options.work / str(seed) for seed in range(options.seeds)]
+    for seed, folder in enumerate(folders):
+        command = shlex.join(["python", *sys.argv])
+        chosen = recipe.load(options.recipe, [f"seed={seed}"])
+        run_recipe(chosen, folder, progress, command=command, base=Path.cwd(), device=torch.device("cpu"))
+    return folders
+
+
 def train_parents(options: argparse.Namespace, progress: Progress) -> list[Path]:
     """Folders of float networks, one per seed, trained by the recipe unless they are there."""
-    folders = []
-    for seed in range(options.seeds):
-        folder = options.work / str(seed)
-        trained = recipe.load(options.recipe, [f"seed={seed}"])
-        command = shlex.join(["python", *sys.argv])
-        run_recipe(trained, folder, progress, command=command, base=Path.cwd(), device=torch.device("cpu"))
-        folders.append(folder / f"stages/{len(trained.stages):02d}-{trained.stages[-1].use}/network")
-    return folders
+    stages = recipe.load(options.recipe).stages
+    return [folder / f"stages/{len(stages):02d}-{stages[-1].use}/network" for folder in runs_of(options, progress)]
+
+
+def run_in(folder: str, data: Data, progress: Progress, *, seed: int, name: str, device: str = "cpu") -> Run:
+    """What a stage may use when a benchmark applies it."""
+    return Run(
+        folder=Path(folder),
+        data=data,
+        device=torch.device(device),
+        seed=seed,
+        progress=progress,
+        recipe_hash="",
+        stage=name,
+    )
 
 
 def apply(row: Row, product: Product, run: Run) -> Network:
@@ -228,15 +245,7 @@ def benchmark(options: argparse.Namespace, progress: Progress) -> None:
                 classes[parent] = measure(networks[parent], photographs, options.threads)
             product = Product(networks[parent])
             with tempfile.TemporaryDirectory() as folder:
-                run = Run(
-                    folder=Path(folder),
-                    data=data,
-                    device=torch.device("cpu"),
-                    seed=seed,
-                    progress=progress,
-                    recipe_hash="",
-                    stage=row.name,
-                )
+                run = run_in(folder, data, progress, seed=seed, name=row.name)
                 began = time.perf_counter()
                 network = apply(row, product, run)
                 seconds = time.perf_counter() - began
