@@ -96,6 +96,11 @@ class Product:
         """The parent, or the network itself while nothing has been compressed."""
         return self.parent or self.network
 
+    def taught(self, network: Network, metrics: Mapping[str, Any]) -> Product:
+        """The product with the network of a training and what its manifest says; losses of layers are carried on."""
+        layer_losses = {**self.layer_losses, **metrics.get("layer_losses", {})}
+        return replace(self, network=network, layer_losses=layer_losses, metrics=metrics)
+
 
 NO_LABEL = -1
 """The label of an image that has none; cross entropies ignore it."""

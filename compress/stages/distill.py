@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 from pydantic import model_validator
@@ -43,9 +42,4 @@ class Distill(Taught):
             module, metrics = teach(product.network.module, self, product, run, label="distill")
         else:
             module, metrics = self.scheme.train(self, product, with_more_images(self, run), "distill")
-        return replace(
-            product,
-            network=Network(module, product.network.structure),
-            layer_losses={**product.layer_losses, **metrics.get("layer_losses", {})},
-            metrics=metrics,
-        )
+        return product.taught(Network(module, product.network.structure), metrics)

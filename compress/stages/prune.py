@@ -74,10 +74,5 @@ class Prune(Pruning, Aim):  # pydantic lists the fields of later bases first, an
             "steps": self.steps,
             "history": history,
         }
-        return replace(
-            product,
-            network=network,
-            parent=product.original,
-            layer_losses={**product.layer_losses, **losses},
-            metrics=metrics | ({"layer_losses": losses} if losses else {}),
-        )
+        metrics |= {"layer_losses": losses} if losses else {}
+        return replace(product.taught(network, metrics), parent=product.original)

@@ -120,11 +120,6 @@ class Quantize(Fit, Quantization):
         structure = product.network.structure.model_copy(
             update={"quantize": self.quantization().model_dump(mode="json")}
         )
-        return replace(
-            product,
-            network=Network(module, structure),
-            parent=product.original,
-            float_network=product.network,
-            layer_losses={**product.layer_losses, **found.get("layer_losses", {})},
-            metrics=found | {"calibration_images": sum(len(batch.labels_N) for batch in batches)},
-        )
+        metrics = found | {"calibration_images": sum(len(batch.labels_N) for batch in batches)}
+        quantized = product.taught(Network(module, structure), metrics)
+        return replace(quantized, parent=product.original, float_network=product.network)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 from torch import nn
@@ -27,9 +26,4 @@ class Train(Fit):
 
     def apply(self, product: Product, run: Run) -> Product:
         module, metrics = teach(product.network.module, self, product, run, label="train", by=self.distill)
-        return replace(
-            product,
-            network=Network(module, product.network.structure),
-            layer_losses={**product.layer_losses, **metrics.get("layer_losses", {})},
-            metrics=metrics,
-        )
+        return product.taught(Network(module, product.network.structure), metrics)
