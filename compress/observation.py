@@ -21,7 +21,6 @@ from torch.overrides import TorchFunctionMode
 from compress.errors import ModelError
 from compress.quantization.graph import RESULT_OF
 
-REGEX = "re:"
 ACTIVATIONS = {F.relu, F.relu_, F.relu6, F.leaky_relu, F.prelu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish}
 ACTIVATIONS |= {F.hardswish, F.hardtanh, F.softplus, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 """As torch.overrides sees them, called by a module or by a `forward`; gates (sigmoids) are none."""
@@ -74,6 +73,20 @@ def observe(module: nn.Module, images_NCHW: Tensor, layers: Iterable[str] = ()) 
         if name not in seen:
             raise ModelError(f"layer {name}", "does not run in a forward pass", "name another layer")
     return Answers(logits_NK, seen)
+
+
+def answers_to_blank(module: nn.Module, size: int, layers: Iterable[str] = ()) -> Answers:
+    """The answers to one image of zeros, on the module's device, in eval mode and without a graph: for their shapes.
+
+    The module's mode is afterwards what it was. Raises ModelError as `observe` does.
+    """
+    was_training = module.training
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    try:
+        with torch.no_grad():
+            return observe(module.eval(), torch.zeros(1, 3, size, size, device=device), layers)
+    finally:
+        module.train(was_training)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -130,15 +143,11 @@ def stage_ends(module: nn.Module, size: int) -> list[str]:
 
     for name, child in modules.items():
         watch(name, child)
-    was_training = module.training
-    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     try:
-        with torch.no_grad():
-            module.eval()(torch.zeros(1, 3, size, size, device=device))
+        answers_to_blank(module, size)
     finally:
         for handle in handles:
             handle.remove()
-        module.train(was_training)
     ends: dict[tuple[int, int], str] = {}
     for name in order:
         whole = order.count(name) == 1 and len(inside[name]) <= 2
@@ -185,15 +194,12 @@ def before_activations(module: nn.Module, size: int) -> list[str]:
     for name, child in unwrapped(module).named_modules():
         if name and not any(child.children()):
             watch(name, child)
-    was_training = module.training
-    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     try:
-        with torch.no_grad(), Watched():
-            module.eval()(torch.zeros(1, 3, size, size, device=device))
+        with Watched():
+            answers_to_blank(module, size)
     finally:
         for handle in handles:
             handle.remove()
-        module.train(was_training)
     if not ends:
         raise ModelError("layers", "`auto` found no layer in front of an activation", "name layers of the network")
     return list(ends.values())

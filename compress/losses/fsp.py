@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from compress.errors import ModelError
 from compress.losses.lesson import Facts, FeatureTerm, Lesson
-from compress.losses.maps import channels_by_positions, refuse_unless_equal, refuse_unless_maps
+from compress.losses.maps import channels_by_positions, refuse_single, refuse_unless_equal, refuse_unless_maps
 
 
 def flow(first: Tensor, second: Tensor) -> Tensor:
@@ -58,8 +58,7 @@ class FSP(FeatureTerm):
     def parts(self, facts: Facts) -> nn.Module | None:
         refuse_unless_maps(self.use, facts)
         refuse_unless_equal(self.use, facts)
-        if len(facts.layers) < 2:
-            raise ModelError(", ".join(facts.layers), "`fsp` goes from one layer to the next", "name two `layers`")
+        refuse_single(self.use, facts)
         for pair, (first, second) in zip(pairwise(facts.layers), pairwise(facts.student_shapes), strict=True):
             if len(first) != len(second) or (len(first) == 2 and first[0] != second[0]):
                 problem = f"`fsp` needs two maps (C, H, W), or the same number of tokens, not {first} and {second}"

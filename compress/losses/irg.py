@@ -14,9 +14,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.errors import ModelError
 from compress.losses.embeddings import as_maps, embedding, refuse_unless_embedded
 from compress.losses.lesson import Facts, FeatureTerm, Lesson
+from compress.losses.maps import refuse_single
 
 
 def edges(vectors_ND: Tensor) -> Tensor:
@@ -91,8 +91,7 @@ class IRG(FeatureTerm):
 
     def parts(self, facts: Facts) -> nn.Module | None:
         refuse_unless_embedded(self.use, facts)
-        if len(facts.layers) < 2:
-            raise ModelError(", ".join(facts.layers), "`irg` goes from one layer to the next", "name two `layers`")
+        refuse_single(self.use, facts)
         return None
 
     def __call__(self, lesson: Lesson) -> Tensor:

@@ -13,10 +13,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compress.errors import ModelError
 from compress.losses.embeddings import as_maps, refuse_unless_embedded
 from compress.losses.lesson import Facts, FeatureTerm, Lesson
-from compress.losses.maps import refuse_unless_equal
+from compress.losses.maps import refuse_single, refuse_unless_equal
 
 CANDIDATES = 4
 """The student's vector is the one of its first four that is nearest to the teacher's; as in the authors' code."""
@@ -116,8 +115,7 @@ class KDSVD(FeatureTerm):
     def parts(self, facts: Facts) -> nn.Module | None:
         refuse_unless_embedded(self.use, facts)
         refuse_unless_equal(self.use, facts)
-        if len(facts.layers) < 2:
-            raise ModelError(", ".join(facts.layers), "`kd_svd` goes from one layer to the next", "name two `layers`")
+        refuse_single(self.use, facts)
         return None
 
     def __call__(self, lesson: Lesson) -> Tensor:

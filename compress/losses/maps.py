@@ -67,5 +67,11 @@ def refuse_unless_equal(loss: str, facts: Facts) -> None:
             )
 
 
+def refuse_single(loss: str, facts: Facts) -> None:
+    """Raises ModelError, with the layer's name, for a loss that goes from one layer to the next and has no next."""
+    if len(facts.layers) < 2:
+        raise ModelError(", ".join(facts.layers), f"`{loss}` goes from one layer to the next", "name two `layers`")
+
+
 def _layers(facts: Facts) -> list[tuple[str, tuple[int, ...]]]:
     return [(name, tuple(shape)) for name, shape in zip(facts.layers, facts.student_shapes, strict=True)]

@@ -3,7 +3,6 @@ DeepInversion: Yin et al., 2020 (arXiv:1912.08795)."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,9 +19,8 @@ from compress.product import Batch, Preprocess, Product, Run
 from compress.schemes.branches import pooled
 from compress.schemes.generator import Generator, Noise
 from compress.settings import Settings
-from compress.teachers.teacher import on_device
+from compress.teachers.teacher import copied
 from compress.teaching.objective import Objective, Taught, objective
-from compress.training import fit
 
 PLACE = "scheme data_free"
 
@@ -123,23 +121,22 @@ class DataFree(Settings):
         goal = objective(settings, product, blind, student=student)
         if goal.teacher.network is None:
             raise ModelError(PLACE, "the generator learns from one network, and this teacher has several", "name one")
-        teacher = on_device(copy.deepcopy(goal.teacher.network.module), blind)
+        teacher = copied(goal.teacher.network.module, blind)
         self._refuse_no_batchnorm(teacher)
         size = run.data.preprocess.size
         last = stage_ends(teacher, size)[-1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
             generator = Generator(self.latent, size, self.channels)
-        module, history = fit(
+        module, metrics = goal.train(
             student,
-            loss=lambda module, batch: self.step(goal, generator, teacher, last, module, batch),
-            run=blind,
-            settings=settings,
+            settings,
             label=label,
-            companion=nn.ModuleList([generator, *([goal.companion] if goal.companion else [])]),
-            companion_lr=self.generator_lr,
+            loss=lambda module, batch: self.step(goal, generator, teacher, last, module, batch),
+            beside=generator,
+            beside_lr=self.generator_lr,
         )
-        return module, {"history": history} | goal.metrics() | {"scheme": self.use}
+        return module, metrics | {"scheme": self.use}
 
     def step(
         self, goal: Objective, generator: nn.Module, teacher: nn.Module, last: str, module: nn.Module, batch: Batch

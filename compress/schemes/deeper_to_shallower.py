@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from compress.errors import ModelError
 from compress.losses.kd import soft_targets
 from compress.models.patterns import matching
-from compress.observation import observable, observe, stage_ends
+from compress.observation import answers_to_blank, observable, stage_ends
 from compress.product import Batch, Preprocess, Product, Run
 from compress.settings import Settings
 from compress.teaching.objective import Objective, Taught, objective
-from compress.training import cross_entropy, fit
+from compress.training import cross_entropy
 
 PLACE = "scheme deeper_to_shallower"
 
@@ -101,16 +101,14 @@ class DeeperToShallower(Settings):
         student = product.network.module
         goal = objective(settings, product, run, student=student, label_smoothing=settings.label_smoothing)
         heads, deepest = self.build(student, run)
-        module, history = fit(
+        module, metrics = goal.train(
             student,
-            loss=lambda module, batch: self.step(goal, heads, deepest, module, batch),
-            run=run,
-            settings=settings,
+            settings,
             label=label,
-            views=settings.views,
-            companion=nn.ModuleList([*heads.values(), *([goal.companion] if goal.companion else [])]),
+            loss=lambda module, batch: self.step(goal, heads, deepest, module, batch),
+            beside=nn.ModuleList(heads.values()),
         )
-        return module, {"history": history} | goal.metrics() | {"scheme": self.use, "layers": [*heads, deepest]}
+        return module, metrics | {"scheme": self.use, "layers": [*heads, deepest]}
 
     def chosen(self, module: nn.Module, size: int) -> dict[str, tuple[int, ...]]:
         """The layers and the shapes of their maps without the batch, the deepest last."""
@@ -120,8 +118,7 @@ class DeeperToShallower(Settings):
             known = observable(module)
             found = {name for pattern in self.layers for name in matching(pattern, known, field="layers", place=PLACE)}
             names = [name for name in known if name in found]
-        with torch.no_grad():
-            maps = observe(module.eval(), torch.zeros(1, 3, size, size), names).maps
+        maps = answers_to_blank(module, size, names).maps
         shapes = {name: tuple(maps[name].shape[1:]) for name in maps}  # in the order in which they ran
         flat = [name for name, shape in shapes.items() if len(shape) != 3]
         if flat or len(shapes) < 2:

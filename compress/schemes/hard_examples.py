@@ -18,7 +18,6 @@ from compress.product import Batch, Preprocess, Product, Run
 from compress.schemes.generator import Generator, Noise
 from compress.settings import Settings
 from compress.teaching.objective import Objective, Taught, objective
-from compress.training import fit
 
 PLACE = "scheme hard_examples"
 
@@ -82,16 +81,15 @@ class HardExamples(Settings):
             taken += 1
             return self.step(goal, generator, module, batch, generators_turn=taken % self.student_steps == 0)
 
-        module, history = fit(
+        module, metrics = goal.train(
             student,
-            loss=loss,
-            run=blind,
-            settings=settings,
+            settings,
             label=label,
-            companion=nn.ModuleList([generator, *([goal.companion] if goal.companion else [])]),
-            companion_lr=self.generator_lr,
+            loss=loss,
+            beside=generator,
+            beside_lr=self.generator_lr,
         )
-        return module, {"history": history} | goal.metrics() | {"scheme": self.use}
+        return module, metrics | {"scheme": self.use}
 
     def step(
         self, goal: Objective, generator: nn.Module, module: nn.Module, batch: Batch, *, generators_turn: bool

@@ -21,7 +21,6 @@ from compress.settings import Settings
 from compress.teaching.alignment import channels as channels_of
 from compress.teaching.alignment import kept as kept_of
 from compress.teaching.objective import Objective, Taught, objective
-from compress.training import fit
 
 PLACE = "scheme netaug"
 
@@ -227,16 +226,14 @@ class NetAug(Settings):
                 augmented.sort(unwrapped(module))
             return self.step(goal, augmented, kept, module, batch, self.draw(len(augmented.extras), drawn))
 
-        module, history = fit(
+        module, metrics = goal.train(
             student,
-            loss=loss,
-            run=run,
-            settings=settings,
+            settings,
             label=label,
-            views=settings.views,
-            companion=nn.ModuleList([augmented, *([goal.companion] if goal.companion else [])]),
+            loss=loss,
+            beside=augmented,
         )
-        return module, {"history": history} | goal.metrics() | {"scheme": self.use}
+        return module, metrics | {"scheme": self.use}
 
     def draw(self, count: int, generator: torch.Generator) -> list[float]:
         """A width for each set of extra channels."""

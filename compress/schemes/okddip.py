@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.observation import observe
+from compress.observation import answers_to_blank
 from compress.product import Batch, Preprocess, Product, Run
 from compress.schemes.branches import (
     copies_of,
@@ -22,7 +22,7 @@ from compress.schemes.branches import (
 )
 from compress.settings import Settings
 from compress.teaching.objective import Objective, Taught, objective
-from compress.training import cross_entropy, fit
+from compress.training import cross_entropy
 
 
 def attention(queries_NMD: Tensor, keys_NMD: Tensor) -> Tensor:
@@ -114,16 +114,14 @@ class Okddip(Settings):
         student = product.network.module
         goal = objective(settings, product, run, student=student, label_smoothing=settings.label_smoothing)
         cut, peers = self.build(student, run)
-        module, history = fit(
+        module, metrics = goal.train(
             student,
-            loss=lambda module, batch: self.step(goal, peers, cut, module, batch),
-            run=run,
-            settings=settings,
+            settings,
             label=label,
-            views=settings.views,
-            companion=nn.ModuleList([peers, *([goal.companion] if goal.companion else [])]),
+            loss=lambda module, batch: self.step(goal, peers, cut, module, batch),
+            beside=peers,
         )
-        return module, {"history": history} | goal.metrics() | {"scheme": self.use, "after": cut}
+        return module, metrics | {"scheme": self.use, "after": cut}
 
     def build(self, student: nn.Module, run: Run) -> tuple[str, Peers]:
         """The layer behind which branches begin, and the peers."""
@@ -131,7 +129,7 @@ class Okddip(Settings):
         tail = with_features(tail)
         size = run.data.preprocess.size
         with torch.no_grad():
-            shared = observe(student.eval(), torch.zeros(1, 3, size, size), (cut,)).maps[cut]
+            shared = answers_to_blank(student, size, (cut,)).maps[cut]
             channels = pooled(tail(shared)[0]).shape[1]
         generator = torch.Generator().manual_seed(run.seed)
         with torch.random.fork_rng(devices=[]):

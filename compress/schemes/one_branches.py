@@ -10,12 +10,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compress.losses.kd import soft_targets
-from compress.observation import Answers, observe
+from compress.observation import Answers, answers_to_blank
 from compress.product import Batch, Preprocess, Product, Run
 from compress.schemes.branches import copies_of, pooled, ramp, refuse_quantized, split
 from compress.settings import Settings
 from compress.teaching.objective import Objective, Taught, objective
-from compress.training import cross_entropy, fit
+from compress.training import cross_entropy
 
 
 class Gate(nn.Module):
@@ -104,24 +104,21 @@ class One(Settings):
         student = product.network.module
         goal = objective(settings, product, run, student=student, label_smoothing=settings.label_smoothing)
         cut, branches = self.build(student, run)
-        module, history = fit(
+        module, metrics = goal.train(
             student,
-            loss=lambda module, batch: self.step(goal, branches, cut, module, batch),
-            run=run,
-            settings=settings,
+            settings,
             label=label,
-            views=settings.views,
-            companion=nn.ModuleList([branches, *([goal.companion] if goal.companion else [])]),
+            loss=lambda module, batch: self.step(goal, branches, cut, module, batch),
+            beside=branches,
         )
-        return module, {"history": history} | goal.metrics() | {"scheme": self.use, "after": cut}
+        return module, metrics | {"scheme": self.use, "after": cut}
 
     def build(self, student: nn.Module, run: Run) -> tuple[str, Branches]:
         """The layer behind which branches begin, and the other branches with the gate."""
         cut, tail = split(student, self.after, run.data.preprocess)
         generator = torch.Generator().manual_seed(run.seed)
         size = run.data.preprocess.size
-        with torch.no_grad():
-            shared = observe(student.eval(), torch.zeros(1, 3, size, size), (cut,)).maps[cut]
+        shared = answers_to_blank(student, size, (cut,)).maps[cut]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
             gate = Gate(pooled(shared).shape[1], self.branches)

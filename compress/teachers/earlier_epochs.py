@@ -13,8 +13,7 @@ from torch import nn
 from compress.observation import Answers
 from compress.product import Batch, Network, Product, Run
 from compress.settings import Settings
-from compress.teachers.copies import asked, copied
-from compress.teachers.teacher import Teacher
+from compress.teachers.teacher import Teacher, asked, copied
 
 
 class EarlierEpochs(Settings):

@@ -49,8 +49,7 @@ class Frozen:
 
     def answers(self, batch: Batch, layers: Sequence[str], *, differentiable: bool = False) -> Answers:
         module = self.whole if layers or differentiable else self.folded
-        with nullcontext() if differentiable else torch.no_grad():
-            return observe(module, batch.images_NCHW, layers)
+        return asked(module, batch, layers, differentiable=differentiable)
 
     def follow(self, student: nn.Module, batch: Batch) -> None:
         pass
@@ -71,8 +70,19 @@ class Frozen:
         """With all its layers, for losses on what they return."""
         if self._whole is None:
             assert self.network is not None
-            self._whole = on_device(copy.deepcopy(self.network.module), self.run)
+            self._whole = copied(self.network.module, self.run)
         return self._whole
+
+
+def copied(module: nn.Module, run: Run) -> nn.Module:
+    """The network as it is now, frozen, in eval mode: BatchNorm uses its running statistics, dropout does nothing."""
+    return on_device(copy.deepcopy(module), run)
+
+
+def asked(module: nn.Module, batch: Batch, layers: Sequence[str], *, differentiable: bool) -> Answers:
+    """What a frozen network makes of the batch, and what its `layers` return."""
+    with nullcontext() if differentiable else torch.no_grad():
+        return observe(module, batch.images_NCHW, layers)
 
 
 def on_device(module: nn.Module, run: Run) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from torch import nn
 from compress.errors import ModelError
 from compress.losses.lesson import FeatureTerm
 from compress.models.patterns import matching
+from compress.observation import answers_to_blank
 from compress.product import Network, Preprocess, Structure
 from compress.quantization.fake_quant import ActivationQuantizer
 from compress.teachers import TeacherSettings, everyone
@@ -20,6 +21,7 @@ from compress.teaching.pairs import Pair, pair_up
 
 PLENTY = 10_000
 """Images, where losses are asked about networks before there are data."""
+TWICE = "differentiates twice, and {} has no second derivative"
 
 
 def refuse_misfits(
@@ -38,12 +40,15 @@ def refuse_misfits(
     """
     names = [name for name, _ in module.named_modules() if name]
     alike = all(single.use != "saved" for single in everyone(teacher))
-    structure = Structure(model={}, num_classes=_classes(module, size), preprocess=Preprocess(size=size))
+    classes = answers_to_blank(module, size).logits_NK.shape[1]
+    structure = Structure(model={}, num_classes=classes, preprocess=Preprocess(size=size))
     network = Network(module, structure)
     for number, term in enumerate(losses):
         where = f"{place}: losses.{number} ({term.use})"
         if term.needs_input_gradients:
-            refuse_single_derivatives(module, size, where, quantized=quantized)
+            if quantized or rounds(module):
+                refuse_rounding(where)
+            refuse_single_derivatives(module, size, where)
         if isinstance(term, FeatureTerm) and (alike or not term.needs_teacher):
             with said_of(where):
                 pairs, facts = pair_up(term, network, module, network, where, images=PLENTY, related=True)
@@ -55,32 +60,29 @@ def refuse_misfits(
                 matching(pattern, names, field="layers", place=where)
 
 
-def _classes(module: nn.Module, size: int) -> int:
-    was_training = module.training
-    with torch.no_grad():
-        logits_NK = module.eval()(torch.zeros(2, 3, size, size))
-    module.train(was_training)
-    return int(logits_NK.shape[1])
+def refuse_rounding(place: str) -> NoReturn:
+    """Raises the ModelError of a loss that differentiates twice, under fake quantization."""
+    raise ModelError(place, TWICE.format("rounding"), "use it in a float stage")
 
 
-def refuse_single_derivatives(module: nn.Module, size: int, place: str, *, quantized: bool) -> None:
-    """Raises ModelError where the gradient of the input cannot be differentiated itself."""
-    what, way_out = "differentiates twice, and {} has no second derivative", "use it in a float stage"
-    if quantized or any(isinstance(child, ActivationQuantizer) for child in module.modules()):
-        raise ModelError(place, what.format("rounding"), way_out)
+def rounds(module: nn.Module) -> bool:
+    """Whether the network is fake-quantized."""
+    return any(isinstance(child, ActivationQuantizer) for child in module.modules())
+
+
+def refuse_single_derivatives(module: nn.Module, size: int, place: str) -> None:
+    """Raises ModelError where the gradient of a float network's input cannot be differentiated itself."""
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     images = torch.rand(2, 3, size, size, device=device, requires_grad=True)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     was_training = module.training
     try:
         (gradient,) = torch.autograd.grad(module.eval()(images).square().sum(), images, create_graph=True)
-        torch.autograd.grad(
-            gradient.square().sum(), [p for p in module.parameters() if p.requires_grad], allow_unused=True
-        )
+        torch.autograd.grad(gradient.square().sum(), trained, allow_unused=True)
     except RuntimeError as error:
         first = (str(error).strip().splitlines() or ["an operator"])[0]
-        raise ModelError(
-            place, what.format("an operator of this network") + f" ({first})", "use another loss"
-        ) from error
+        problem = TWICE.format("an operator of this network") + f" ({first})"
+        raise ModelError(place, problem, "use another loss") from error
     finally:
         module.train(was_training)
 

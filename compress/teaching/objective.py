@@ -18,7 +18,6 @@ from compress.losses.kd import SoftTargets
 from compress.losses.lesson import NO_LABEL, Facts, FeatureTerm, Lesson
 from compress.observation import Answers, observe, unwrapped
 from compress.product import Batch, Product, Run
-from compress.quantization.fake_quant import ActivationQuantizer
 from compress.settings import Settings
 from compress.teachers import TeacherSettings, changes, has_features
 from compress.teachers.parent import Parent
@@ -29,12 +28,13 @@ from compress.teaching.fitting import (
     names_of_values,
     refuse_misfits,
     refuse_number_of_weights,
-    refuse_single_derivatives,
+    refuse_rounding,
+    rounds,
     said_of,
 )
 from compress.teaching.networks import Counterpart
 from compress.teaching.pairs import Pair, pair_up
-from compress.training import Fit, cross_entropy, fit, labels_loss
+from compress.training import Fit, Loss, cross_entropy, fit, labels_loss
 
 Part = Annotated[float, Field(ge=0, le=1)]
 
@@ -87,7 +87,6 @@ class _Judge:
     """One loss with what it needs in this training."""
 
     term: Any
-    number: int
     pairs: Sequence[Pair]
     parts: nn.Module | None
     weights: Tensor | None
@@ -156,6 +155,35 @@ class Objective:
 
     def loss(self, module: nn.Module, batch: Batch) -> Tensor:
         return self.judge(self.see(module, batch), batch, module)
+
+    def train(
+        self,
+        module: nn.Module,
+        settings: Fit,
+        *,
+        label: str,
+        loss: Loss | None = None,
+        beside: nn.Module | None = None,
+        beside_lr: float | None = None,
+        after: tuple[float, Callable[[nn.Module], None]] | None = None,
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        """A trained copy of `module`, and what its manifest says.
+
+        A scheme gives its own `loss`, and what it trains `beside` the network at the peak learning rate `beside_lr`.
+        """
+        companions = [companion for companion in (beside, self.companion) if companion is not None]
+        trained, history = fit(
+            module,
+            loss=loss or self.loss,
+            run=self.run,
+            settings=settings,
+            label=label,
+            views=self.settings.views,
+            after=after,
+            companion=nn.ModuleList(companions) if companions else None,
+            companion_lr=beside_lr,
+        )
+        return trained, {"history": history} | self.metrics()
 
     def see(self, module: nn.Module, batch: Batch, layers: Sequence[str] = ()) -> Answers:
         """The student's forward pass, with the maps that the losses need and those of `layers`."""
@@ -303,17 +331,7 @@ def teach(
         augment=settings.augment,
         teacher=teacher,
     )
-    trained, history = fit(
-        module,
-        loss=goal.loss,
-        run=run,
-        settings=settings,
-        label=label,
-        views=by.views,
-        after=after,
-        companion=goal.companion,
-    )
-    return trained, {"history": history} | goal.metrics()
+    return goal.train(module, settings, label=label, after=after)
 
 
 def with_more_images(distillation: Distillation, run: Run) -> Run:
@@ -335,8 +353,8 @@ def _judge(
     place = f"stage {run.stage or 'distill'}: losses.{number} ({term.use})"
     if term.needs_networks and term.needs_teacher and teacher.network is None:
         raise ModelError(place, "needs one network as teacher, not several", "choose another teacher")
-    if term.needs_input_gradients and any(isinstance(child, ActivationQuantizer) for child in student.modules()):
-        refuse_single_derivatives(student, 0, place, quantized=True)
+    if term.needs_input_gradients and rounds(student):
+        refuse_rounding(place)
     network = product.float_network or product.network
     images = numbered(run.data)
     if isinstance(term, FeatureTerm):
@@ -351,7 +369,7 @@ def _judge(
             facts = replace(facts, student=student, teacher=theirs, kept=counterpart.kept)
     with said_of(place):
         parts = term.parts(facts)
-    return _Judge(term, number, pairs, parts, weights)
+    return _Judge(term, pairs, parts, weights)
 
 
 def _trained(judge: _Judge) -> list[nn.Module]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from compress.errors import ModelError
 from compress.losses.lesson import Facts, FeatureTerm
 from compress.models.patterns import matching
-from compress.observation import before_activations, observable, observe, stage_ends
+from compress.observation import answers_to_blank, before_activations, observable, stage_ends
 from compress.product import Network
 from compress.teaching.alignment import channels, kept
 
@@ -106,7 +106,7 @@ def pair_up(
     )
     mine = _shapes(student.module, [name for name, _ in names], size)
     theirs = _shapes(teacher.module, [name for _, name in names], size)
-    indices = _indices(term, student, teacher, names, related=related)
+    indices = _indices(term, student, teacher, names, theirs, related=related)
     pairs, student_shapes, teacher_shapes = [], [], []
     for here, there in names:
         index, adaptor = indices.get(here), None
@@ -143,14 +143,22 @@ def pair_up(
 
 
 def _indices(
-    term: FeatureTerm, student: Network, teacher: Network, names: Sequence[tuple[str, str]], *, related: bool
+    term: FeatureTerm,
+    student: Network,
+    teacher: Network,
+    names: Sequence[tuple[str, str]],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    related: bool,
 ) -> dict[str, Tensor | None]:
-    """By the student's layer, which of the teacher's channels it kept, where the loss is to compare those."""
+    """By the student's layer, which of the teacher's channels it kept, where the loss is to compare those.
+
+    `shapes` are those of the teacher's layers.
+    """
     automatic = term.adaptor == "auto" and term.same_width and related
     if not (automatic or term.adaptor == "kept") or _architecture(student) != _architecture(teacher):
         return {}
     if student.structure.kept == teacher.structure.kept:  # the same shape, whether it can be traced or not
-        shapes = _shapes(teacher.module, [theirs for _, theirs in names], teacher.structure.preprocess.size)
         widths = {theirs: shape[_axis_of(shape)] for theirs, shape in shapes.items()}
         return {mine: torch.arange(widths[theirs]) if mine == theirs else None for mine, theirs in names}
     here = channels(student, [name for name, _ in names])
@@ -163,10 +171,8 @@ def _architecture(network: Network) -> dict[str, Any]:
 
 
 def _shapes(module: nn.Module, layers: Sequence[str], size: int) -> dict[str, tuple[int, ...]]:
-    was_training = module.training
-    with torch.no_grad():
-        maps = observe(module.eval(), torch.zeros(1, 3, size, size), layers).maps
-    module.train(was_training)
+    """What layers return, without the batch."""
+    maps = answers_to_blank(module, size, layers).maps
     return {name: tuple(maps[name].shape[1:]) for name in layers}
 
 
