@@ -33,8 +33,8 @@ from rich.console import Console
 from compress import checkpoint, manifest, measures, recipe
 from compress.data import open_data
 from compress.errors import CompressError
-from compress.product import Batch, Data, Product, Progress, Split
-from compress.progress import RichProgress
+from compress.product import Batch, Data, Product, Split
+from compress.progress import Progress, RichProgress
 from compress.stages.distill import Distill
 from compress.stages.quantize import Quantize
 from compress.targets import target

@@ -36,8 +36,8 @@ from torch.profiler import ProfilerActivity, profile
 from compress.losses import LossSettings
 from compress.losses.lesson import Facts, FeatureTerm, Lesson, Term
 from compress.models.mobilenet_v2 import MobileNetV2
-from compress.pipeline import Silent
 from compress.product import Batch, Network, Preprocess, Run, Structure
+from compress.progress import Silent
 from compress.pruning import MacGoal, Pruning, prune_network
 from compress.training import memory_kept
 

@@ -31,8 +31,8 @@ import torch
 from compress.formats.onnx import int8_onnx
 from compress.formats.tflite import to_tflite
 from compress.models.mobilenet_v2 import MobileNetV2
-from compress.pipeline import Silent
 from compress.product import Batch, Preprocess
+from compress.progress import Silent
 from compress.quantization import Quantization, calibrate, freeze, prepare, run_integers
 from compress.targets import open_model
 from compress.verification import Inputs, verify_product

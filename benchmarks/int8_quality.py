@@ -32,8 +32,8 @@ from compress.data import open_data
 from compress.errors import CompressError
 from compress.formats.tflite import to_tflite
 from compress.pipeline import run_recipe
-from compress.product import Data, Network, Product, Progress, Run
-from compress.progress import RichProgress
+from compress.product import Data, Network, Product, Run
+from compress.progress import Progress, RichProgress
 from compress.stages.distill import Distill
 from compress.stages.export import to_onnx
 from compress.stages.quantize import Quantize

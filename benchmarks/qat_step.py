@@ -30,8 +30,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from compress.models.mobilenet_v2 import MobileNetV2
-from compress.pipeline import Silent
 from compress.product import Batch, Network, Preprocess, Product, Run, Structure
+from compress.progress import Silent
 from compress.quantization import Quantization, calibrate, prepare
 from compress.quantization.fake_quant import hold_grids
 from compress.teaching import Distillation, objective

@@ -24,8 +24,8 @@ from rich.console import Console
 from compress import checkpoint, measures
 from compress.data import DataSettings, open_data
 from compress.errors import RecipeError
-from compress.product import Data, Network, Preprocess, Product, Progress, Run
-from compress.progress import RichProgress
+from compress.product import Data, Network, Preprocess, Product, Run
+from compress.progress import Progress, RichProgress
 from compress.recipe.explain import explain
 from compress.recipe.words import dotted
 from compress.settings import Settings

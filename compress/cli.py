@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from compress.errors import CompressError, GateError
-from compress.progress import RichProgress
+from compress.progress import RichProgress, Silent
 
 app = typer.Typer(
     help="Shrinks a PyTorch vision network for an ARM board and proves that it did.",
@@ -40,6 +40,10 @@ RecipePath = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it: seed=1 stages.train.epochs=3")
+]
+Setup = Annotated[
+    bool,
+    typer.Option(help="Let a board have a virtual environment with numpy and a runtime, in a folder of its own."),
 ]
 
 
@@ -93,6 +97,7 @@ def run(
     recipe: RecipePath,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder; default runs/<name of the recipe>.")] = None,
+    setup: Setup = False,
 ) -> None:
     """Run a recipe, or go on with it: stages that are done and unchanged are not run again."""
     from compress import pipeline
@@ -102,7 +107,7 @@ def run(
     loaded = recipes.load(recipe, overrides or [])
     folder = out or Path("runs") / loaded.name
     first = _speaks()
-    progress = RichProgress(output) if first else pipeline.Silent()
+    progress = RichProgress(output) if first else Silent()
     if first:
         output.print(f"[bold]{escape(loaded.name)}[/bold]: {escape(str(recipe))} -> {escape(str(folder))}")
         for note in recipes.notes(loaded):
@@ -111,7 +116,7 @@ def run(
     command = shlex.join(["compress", *sys.argv[1:]])
     failure: CompressError | None = None
     try:
-        pipeline.run_recipe(loaded, folder, progress, command=command, base=Path.cwd())
+        pipeline.run_recipe(loaded, folder, progress, command=command, base=Path.cwd(), setup=setup)
     except GateError as error:  # the report shows what failed
         failure = error
     if not first:
@@ -203,38 +208,45 @@ def bench(
         list[Path],
         typer.Argument(metavar="FILE...", help=".onnx and .tflite files; the first of each kind is the baseline."),
     ],
-    threads: Annotated[int, typer.Option(min=1)] = 1,
+    target: Annotated[
+        str, typer.Option(help="local, a board as ssh://user@host[:port], or emulated[:cortex-a53|a72|a76].")
+    ] = "local",
+    threads: Annotated[str, typer.Option(metavar="N|auto", help="auto: one per core of the fastest kind.")] = "1",
+    cores: Annotated[str, typer.Option(metavar="auto|any|N,N", help="Which cores; auto: the fastest.")] = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="Fresh processes per file, interleaved.")] = 4,
     runs: Annotated[int, typer.Option(min=1, help="Least samples of each process.")] = 50,
+    min_s: Annotated[float, typer.Option(min=0, help="Least seconds of sampling of each process.")] = 0.0,
+    sustain_minutes: Annotated[
+        float, typer.Option(min=0, help="Instead: each file without a pause, minute after minute.")
+    ] = 0.0,
+    setup: Setup = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print everything measured as JSON instead of a table.")
     ] = False,
 ) -> None:
-    """Time files on this machine, interleaved, one fresh process after the other."""
-    from compress.targets import target
-    from compress.targets.comparison import by_name, compare, schedule
+    """Time files on a machine, interleaved, one fresh process after the other; count them on an emulated one."""
+    from compress import benching
 
-    named = by_name(files)
     progress = RichProgress(messages)
-    with progress.steps("benchmark", len(schedule(named, rounds=rounds))) as advance:
-        result = compare(named, target=target("local"), threads=threads, rounds=rounds, runs=runs, on_process=advance)
+    asked = benching.Asked(
+        files=files,
+        target=target,
+        threads=threads,
+        cores=cores,
+        rounds=rounds,
+        runs=runs,
+        min_s=min_s,
+        sustain_minutes=sustain_minutes,
+        setup=setup,
+    )
+    found = benching.bench(asked, progress)
     if as_json:
-        print(json.dumps({"conditions": result.conditions, "rows": result.rows, "pairs": result.pairs}, indent=1))
+        print(json.dumps(found.values, indent=1))
         return
-    speedups = {(pair["runtime"], pair["candidate"]): pair for pair in result.pairs}
-    table = Table("file", "runtime", "threads", "p50 ms", "p90 ms", "p99 ms", "fps", "speed-up", "")
-    for row in result.rows:
-        pair = speedups.get((row["runtime"], row["file"]))
-        table.add_row(
-            *(row["file"], row["runtime"], str(row["threads"])),
-            *(f"{row[key]:.3f}" for key in ("p50_ms", "p90_ms", "p99_ms")),
-            f"{row['fps']:.1f}",
-            f"{pair['speedup']:.2f}x ({pair['interval'][0]:.2f}-{pair['interval'][1]:.2f})" if pair else "",
-            pair["verdict"] if pair else "baseline",
-        )
-    output.print(table)
-    machine = result.conditions
-    output.print(f"measured on {machine['machine']} ({machine['arch']})", highlight=False, markup=False)
+    for rows in found.tables:
+        _show_rows(rows)
+    for line in found.lines:
+        output.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

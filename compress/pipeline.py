@@ -31,15 +31,17 @@ from compress.errors import CompressError, GateError
 from compress.formats.onnx import int8_onnx
 from compress.formats.tflite import to_tflite
 from compress.models import build, check, file_sha256, inputs, load_weights
-from compress.product import Data, Network, Product, Progress, Run, Structure
+from compress.product import Data, Network, Product, Run, Structure
+from compress.progress import Progress, Silent
 from compress.quantization import freeze, prepare
 from compress.quantization.precision import precision
 from compress.recipe import Recipe
 from compress.recipe.control import NO_DISTILLATION, without_distillation
 from compress.stages import StageSettings
+from compress.stages.benchmark import MEASURING
 from compress.stages.export import Export
 from compress.stages.quantize import Quantize
-from compress.targets import target
+from compress.targets import asking, open_target
 from compress.teachers.teacher import refuse_other_task
 from compress.teaching import Distillation
 
@@ -63,11 +65,18 @@ class Outcome:
 
 
 def run_recipe(
-    recipe: Recipe, folder: Path, progress: Progress, *, command: str, base: Path, device: torch.device | None = None
+    recipe: Recipe,
+    folder: Path,
+    progress: Progress,
+    *,
+    command: str,
+    base: Path,
+    device: torch.device | None = None,
+    setup: bool = False,
 ) -> Outcome:
     """Runs every stage that is not already in `folder`, in order.
 
-    Relative paths of the recipe start at `base`. Raises CompressError; a stage that fails leaves no folder behind, and
+    Relative paths of the recipe start at `base`; `setup` allows an environment of ours on a board. Raises CompressError; a stage that fails leaves no folder behind, and
     the stages before it stay. A stage whose verdict is FAIL is kept for the report, ends the run with a GateError, and
     runs again next time. A control that cannot be finished is a GateError as well: the run itself is complete.
     """
@@ -82,6 +91,7 @@ def run_recipe(
             rank=rank,
             world_size=world_size,
             base=base,
+            setup=setup,
         )
         fold.ask_network()
         outcome = _run_stages(fold, command)
@@ -113,6 +123,8 @@ def _run_stages(fold: _Fold, command: str) -> Outcome:
     facts |= ended
     fold.record(facts)
     processes.shared(lambda: manifest.forget_others(folder / "stages", facts["stages"]))
+    if not fold.failed:  # nothing is left to go on with
+        processes.shared(lambda: shutil.rmtree(folder / MEASURING, ignore_errors=True))
     return Outcome(folder, ran, resumed)
 
 
@@ -128,6 +140,8 @@ def _without_distillation(run: _Fold, command: str) -> Outcome:
         rank=run.rank,
         world_size=run.world_size,
         base=run.base,
+        setup=run.setup,
+        machine=run.machine,
         code=run.code,
         numbers=(0, *control.numbers),
         twin=run.folder,
@@ -188,17 +202,6 @@ class Prefixed:
         self.shown.note(self.prefix + text)
 
 
-class Silent:
-    """Progress that nobody sees: of torchrun's other processes, and in tests."""
-
-    @contextlib.contextmanager
-    def steps(self, label: str, total: int) -> Iterator[Callable[[str], None]]:
-        yield lambda text: None
-
-    def note(self, text: str) -> None:
-        pass
-
-
 @dataclass
 class _Fold:
     """The fold in progress. The product is loaded from its folders only when a stage has to run on it."""
@@ -211,6 +214,9 @@ class _Fold:
     rank: int
     world_size: int
     base: Path
+    setup: bool = False
+    machine: str = ""
+    """The CPU that measures, once it has been asked."""
     key: str = ""
     made: dict[str, Any] = field(default_factory=dict)
     """Files of the stage before, by hash: they enter the next key, so that no stage outlives its input."""
@@ -305,6 +311,7 @@ class _Fold:
             recipe_hash=self._recipe_hash(index),
             stage=label,
             target=self.recipe.target,
+            setup=self.setup,
             rank=self.rank if together else 0,
             world_size=self.world_size if together else 1,
         )
@@ -382,7 +389,7 @@ class _Fold:
         if stage.use in OF_FILES:
             machine.append(manifest.versions(manifest.FILE_PACKAGES))
         if stage.use == "benchmark":
-            machine += [self.recipe.target, _cpu(self.recipe.target)]
+            machine += [self.recipe.target, processes.shared(self._measured_by)]
         lessons = processes.shared(lambda: _lessons(stage, self.base, self.notes.shown))
         return manifest.key(self.key, self.made, stage.model_dump(mode="json"), lessons, machine)
 
@@ -410,8 +417,16 @@ class _Fold:
                 if (check_stage := getattr(stage, "check", None)) is not None:
                     check_stage(module, self.recipe.preprocess)
             _write_int8(self.recipe, module)
+            if any(stage.use == "benchmark" for stage in self.recipe.stages):
+                self._measured_by()
 
         processes.shared(ask)
+
+    def _measured_by(self) -> str:
+        """The CPU that measures, asked once: a board that cannot be reached is found out before hours of training."""
+        if not self.machine:
+            self.machine = _cpu(self.recipe.target, self.notes.shown, self.setup)
+        return self.machine
 
 
 def _write_int8(recipe: Recipe, module: torch.nn.Module) -> None:
@@ -539,7 +554,7 @@ def _facts(fold: _Fold, command: str) -> dict[str, Any]:
         "versions": manifest.versions((*manifest.TRAINING_PACKAGES, *manifest.FILE_PACKAGES)),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _cpu("local") if fold.rank == 0 else "",
+        "cpu": _cpu("local", Silent()) if fold.rank == 0 else "",
         "threads": torch.get_num_threads(),
         "processes": fold.world_size,
         "device": str(fold.device),
@@ -559,8 +574,10 @@ def _facts(fold: _Fold, command: str) -> dict[str, Any]:
     }
 
 
-def _cpu(name: str) -> str:
-    return str(target(name).probe().get("cpu", "unavailable"))
+def _cpu(name: str, progress: Progress, setup: bool = False) -> str:
+    """What tells the machine that measures from others."""
+    with open_target(name, progress, setup=setup) as machine:
+        return str(asking.probe(machine).get("cpu", "unavailable"))
 
 
 def _now() -> str:

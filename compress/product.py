@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -13,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from compress.progress import Progress
 from compress.settings import Settings
 
 Triple = tuple[float, float, float]
@@ -185,18 +185,6 @@ class Data(Protocol):
         ...
 
 
-class Progress(Protocol):
-    """Where long work shows itself."""
-
-    def steps(self, label: str, total: int) -> AbstractContextManager[Callable[[str], None]]:
-        """A bar of `total` steps; the callable advances it by one and shows a short text such as `loss 0.31`."""
-        ...
-
-    def note(self, text: str) -> None:
-        """One sentence the user should read; the pipeline keeps it in the stage's manifest too."""
-        ...
-
-
 @dataclass(frozen=True)
 class Run:
     """What a stage may use: its own folder, the data, the device, a seed."""
@@ -213,5 +201,7 @@ class Run:
     """What messages call the running stage: `02-train`."""
     target: str = "local"
     """The machine that measures, as the recipe names it."""
+    setup: bool = False
+    """Whether that machine may get an environment of ours, with a runtime, if it is a board."""
     rank: int = 0
     world_size: int = 1

@@ -5,12 +5,25 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+
+
+class Progress(Protocol):
+    """Where long work shows itself."""
+
+    def steps(self, label: str, total: int) -> AbstractContextManager[Callable[[str], None]]:
+        """A bar of `total` steps; the callable advances it by one and shows a short text such as `loss 0.31`."""
+        ...
+
+    def note(self, text: str) -> None:
+        """One sentence the user should read; the pipeline keeps it in the stage's manifest too."""
+        ...
 
 
 class RichProgress:
@@ -43,3 +56,14 @@ class RichProgress:
 
     def note(self, text: str) -> None:
         self.console.print(f"  note: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+class Silent:
+    """Progress that nobody sees: of torchrun's other processes, and in tests."""
+
+    @contextlib.contextmanager
+    def steps(self, label: str, total: int) -> Iterator[Callable[[str], None]]:
+        yield lambda text: None
+
+    def note(self, text: str) -> None:
+        pass

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.pipeline import Silent
 from compress.product import Batch, Network, Preprocess, Product, Run, Structure
+from compress.progress import Silent
 from compress.stages.export import Export
 from compress.stages.quantize import Quantize
 
@@ -111,6 +111,11 @@ class Stripes:
 @pytest.fixture
 def stripes() -> Stripes:
     return Stripes()
+
+
+@pytest.fixture
+def progress() -> Silent:
+    return Silent()
 
 
 @pytest.fixture

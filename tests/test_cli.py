@@ -119,10 +119,20 @@ def test_a_truncated_image_is_named_and_nothing_is_started(place):
         (["check", "photos.yaml", "stages.train.epocs=3"], "did you mean 'epochs'?"),
         (["bench", "none.onnx"], "none.onnx"),
         (["bench", "photos.yaml"], "photos.yaml"),
+        (["bench", "empty.onnx", "--target", "raspberrypi"], "ssh://user@host"),
+        (["bench", "empty.onnx", "--target", "ssh://-oProxyCommand=x"], "ssh://"),
+        (["bench", "empty.onnx", "--target", "ssh://nobody@board.invalid"], "board.invalid"),
+        (["bench", "empty.onnx", "--threads", "0"], "--threads"),
+        (["bench", "empty.onnx", "--cores", "first"], "cores"),
+        (["bench", "empty.onnx", "--setup"], "--setup"),
+        (["bench", "empty.onnx", "--target", "emulated", "--threads", "2"], "one thread"),
+        (["bench", "empty.onnx"], "empty.onnx"),
+        (["run", "photos.yaml", "target=pi"], "ssh://user@host"),
         (["report", "photos"], "photos"),
     ],
 )
 def test_mistakes_are_one_line_that_names_them(place, words, expected):
+    (place / "empty.onnx").touch()
     said = refused(*words, cwd=place)
     assert expected in said
     assert len(said.splitlines()) == 1

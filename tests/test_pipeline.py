@@ -7,7 +7,8 @@ import torch
 
 from compress import recipe as recipes
 from compress.errors import CompressError, GateError, ModelError, TrainingError
-from compress.pipeline import Outcome, Silent, run_recipe
+from compress.pipeline import Outcome, run_recipe
+from compress.progress import Silent
 from compress.report import write_report
 
 NETWORK = """

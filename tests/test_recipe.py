@@ -169,7 +169,11 @@ def test_a_recipe_loads_with_its_defaults(write: Write) -> None:
             "1: name: 2026-11-21 is a date in YAML; put it in quotes if text is meant",
         ),
         (("name: demo", 'name: "\\ud800"'), "1: name: '\\ud800' holds half a surrogate pair, which is no character"),
-        (("target: local", "target: locl"), "10: target: must be 'local', not 'locl'; did you mean 'local'?"),
+        (
+            ("target: local", "target: locl"),
+            "10: target: 'locl': no such target; did you mean 'local'? known: local, emulated, emulated:cortex-a53, "
+            "emulated:cortex-a72, emulated:cortex-a76, ssh://user@host[:port]",
+        ),
         (("seed: 3", "seed: 3\nseed: 4"), "3: seed: given twice, first on line 2"),
         (("seed: 3", "seed: !!int x"), "2: seed: 'x' cannot be read as int"),
         (

@@ -11,7 +11,8 @@ from pydantic import Field
 
 from compress.data.digits import Digits, open_digits
 from compress.data.folder import Folder, open_folder
-from compress.product import Data, Preprocess, Progress
+from compress.product import Data, Preprocess
+from compress.progress import Progress
 
 DataSettings = Annotated[Digits | Folder, Field(discriminator="use")]
 

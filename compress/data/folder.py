@@ -23,7 +23,8 @@ from compress.data.augment import AugmentPhoto
 from compress.data.loader import ImageData, Images
 from compress.data.split import holdout
 from compress.errors import DataError
-from compress.product import Preprocess, Progress
+from compress.product import Preprocess
+from compress.progress import Progress
 from compress.settings import Settings
 
 TRAIN = "train"

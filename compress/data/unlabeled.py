@@ -20,7 +20,8 @@ from compress.data.augment import Augment, AugmentPhoto
 from compress.data.folder import Tree, decode, inspect, open_tree, pictures
 from compress.data.loader import ImageData, Images
 from compress.errors import DataError
-from compress.product import NO_LABEL, Batch, Data, Preprocess, Progress, Split
+from compress.product import NO_LABEL, Batch, Data, Preprocess, Split
+from compress.progress import Progress
 from compress.settings import Settings
 
 

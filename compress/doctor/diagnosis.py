@@ -34,7 +34,8 @@ from compress.doctor.widths import (
 from compress.errors import CompressError, ModelError
 from compress.formats.tflite import to_tflite
 from compress.formats.weight_only import float16_weights
-from compress.product import Batch, Network, Preprocess, Progress, Structure
+from compress.product import Batch, Network, Preprocess, Structure
+from compress.progress import Progress
 from compress.quantization import calibrate, fold_batchnorm, prepare
 from compress.quantization.bias_correction import correct_bias
 from compress.quantization.calibration import calibrate_weights
@@ -44,7 +45,8 @@ from compress.quantization.operators import QUANTIZED
 from compress.quantization.rewrite import rewritable
 from compress.stages.export import to_onnx
 from compress.stages.quantize import Quantize
-from compress.targets import Runtime, open_model, target
+from compress.targets import Runtime, asking, open_model
+from compress.targets.local import Local
 
 CPU = torch.device("cpu")
 PTQ = Quantize(use="quantize", epochs=0)
@@ -343,17 +345,22 @@ def times_ms(contents: Sequence[bytes], runtime: Runtime, seconds: float) -> lis
 
 def cpu_name() -> str:
     """This machine's CPU, as reports name it."""
-    probe = target("local").probe()
+    probe = _probe()
     return f"{probe['cpu']} ({probe['arch']})"
 
 
 def busy_machine() -> str:
     """A sentence where more runs on this machine than it has cores; empty where not, or where nobody knows."""
-    probe = target("local").probe()
+    probe = _probe()
     load, cores = probe["load_1min"], probe["cores_allowed"]
     if not isinstance(load, float) or not isinstance(cores, int) or load <= cores:
         return ""
     return f"the machine is busy (load {load:.1f} on {cores} cores): measured times are longer than on an idle one"
+
+
+def _probe() -> dict[str, Any]:
+    with Local() as machine:
+        return asking.probe(machine)
 
 
 def _suffix(runtime: str) -> str:

@@ -17,7 +17,8 @@ from compress.errors import DataError, ModelError
 from compress.models import build, check, load_weights
 from compress.models.factory import Factory, find, importable
 from compress.models.head import output_classes
-from compress.product import Batch, Preprocess, Progress
+from compress.product import Batch, Preprocess
+from compress.progress import Progress
 from compress.stages.export import Export
 from compress.stages.prune import Prune
 from compress.stages.quantize import Quantize

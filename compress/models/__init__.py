@@ -14,7 +14,7 @@ from compress.models.factory import Factory, build_factory, source
 from compress.models.head import check
 from compress.models.mobilenet_v2 import MobileNetV2Settings, build_mobilenet_v2
 from compress.models.weights import file_sha256, load_weights
-from compress.product import Progress
+from compress.progress import Progress
 
 __all__ = ["ModelSettings", "build", "check", "file_sha256", "inputs", "load_weights"]
 

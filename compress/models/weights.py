@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from compress.errors import ModelError
 from compress.models.head import find_head, head_replaced
-from compress.product import Progress
+from compress.progress import Progress
 
 WRAPPERS = ("state_dict", "model", "model_state_dict")
 """Keys under which training scripts store the weights."""

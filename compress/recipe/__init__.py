@@ -27,11 +27,11 @@ from compress.product import Preprocess
 from compress.quantization.precision import simulated
 from compress.recipe.draft import Mistake, lay_over, read
 from compress.recipe.explain import SEVERAL, explain, uses
+from compress.recipe.target import TargetName
 from compress.recipe.words import Keys, dotted, shown
 from compress.settings import Settings
 from compress.stages import StageSettings
 from compress.stages.export import SIMULATED
-from compress.targets import TargetSettings
 from compress.teachers.stage import mistake
 
 __all__ = [
@@ -72,8 +72,8 @@ class Recipe(Settings):
     """Labelled images to train on, and others to evaluate on."""
     preprocess: Preprocess = Preprocess()
     """From an image to the network's input."""
-    target: TargetSettings = "local"
-    """The machine that measures speed."""
+    target: TargetName = "local"
+    """The machine that measures: `local`, a board as `ssh://user@host[:port]`, or `emulated`, an ARM userland."""
     stages: tuple[StageSettings, ...] = Field(min_length=1)
     """What happens to the network, first to last."""
     report: ReportSettings = ReportSettings()

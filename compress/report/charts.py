@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 from xml.sax.saxutils import quoteattr
 
 from matplotlib import rc_context
@@ -249,6 +249,77 @@ def knowledge(found: dict[str, Any]) -> str:
         ]
         figure.legend(handles=handles, loc="outside upper left", ncols=3, handletextpad=0.2, columnspacing=1.2)
     return out[0]
+
+
+def sustained(series: dict[str, Any]) -> str:
+    """Latency over minutes without a pause, above the clock and the temperature; bars where the CPU was held back."""
+    points = series["series"]
+    if len(points) < 2:
+        return ""
+    minutes = [point["t_s"] / 60 for point in points]
+    told = {name: [point[name] for point in points] for name in ("mhz", "temperature_c")}
+    told = {name: values for name, values in told.items() if any(value is not None for value in values)}
+    name = f"sustained-{series['file']}-{series['runtime']}"
+    height = 300 if told else 190
+    with _drawing(name, height=height, label=f"{series['file']} without a pause") as (figure, out):
+        if told:
+            upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+        else:
+            upper, lower = figure.add_subplot(), None
+        p50, p90 = [point["p50_ms"] for point in points], [point["p90_ms"] or point["p50_ms"] for point in points]
+        held = [bool(point["throttled"]) for point in points]
+        for axes in (upper, lower):
+            if axes is not None:
+                _mark(axes, minutes, held)
+        upper.fill_between(minutes, p50, p90, color=INT8, alpha=0.25, linewidth=0)
+        upper.plot(minutes, p50, color=INT8, linewidth=2)
+        upper.set_ylim(0, 1.15 * max(p90))
+        upper.set_xlim(0, max(minutes))
+        upper.yaxis.set_major_locator(MaxNLocator(4))
+        upper.grid(True, axis="y")
+        upper.set_title("latency per image, ms", fontsize=11, color=MUTED)
+        handles = [Line2D([], [], color=INT8, linewidth=2, label="p50, shaded to p90")]
+        if any(held):
+            handles.append(Line2D([], [], color=BAD, alpha=0.25, linewidth=8, label="throttled"))
+        if lower is not None:
+            handles += _clock(lower, minutes, told)
+        lowest = upper if lower is None else lower
+        lowest.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        lowest.set_xlabel("minutes")
+        figure.legend(handles=handles, loc="outside lower left", ncols=4, handletextpad=0.5, columnspacing=1.2)
+    return out[0]
+
+
+def _mark(axes: Axes, minutes: list[float], held: list[bool]) -> None:
+    """Shades the time up to each point at which the CPU was held back."""
+    for before, now, throttled in zip([0.0, *minutes], minutes, held, strict=False):
+        if throttled:
+            axes.axvspan(before, now, color=BAD, alpha=0.14, linewidth=0, zorder=0)
+
+
+def _clock(axes: Axes, minutes: list[float], told: dict[str, list[float | None]]) -> list[Line2D]:
+    """Frequency on the left, temperature on the right, as far as the machine tells them; for the legend."""
+    drawn: dict[str, tuple[str, Literal["-", "--"], str]] = {
+        "mhz": (PARENT, "-", "MHz"),
+        "temperature_c": (INT8_WEIGHTS, "--", "°C"),
+    }
+    handles = []
+    titles = []
+    for place, (name, values) in enumerate(told.items()):
+        colour, dashes, unit = drawn[name]
+        own = axes if place == 0 else axes.twinx()
+        known = [(minute, value) for minute, value in zip(minutes, values, strict=True) if value is not None]
+        own.plot(*zip(*known, strict=True), color=colour, linewidth=2, linestyle=dashes)
+        numbers = [value for _, value in known]
+        low, high = (0.0, 1.15 * max(numbers)) if name == "mhz" else (min(*numbers, 30.0), max(*numbers, 90.0))
+        own.set_ylim(low, high)
+        own.yaxis.set_major_locator(MaxNLocator(3))
+        own.tick_params(axis="y", labelcolor=colour)
+        titles.append(unit)
+        handles.append(Line2D([], [], color=colour, linestyle=dashes, linewidth=2, label=unit))
+    axes.grid(True, axis="y")
+    axes.set_title(" (left), ".join(titles) + (" (right)" if len(titles) > 1 else ""), fontsize=11, color=MUTED)
+    return handles
 
 
 def _change(name: str) -> str:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -23,6 +24,7 @@ from pydantic import (
 )
 
 from compress.errors import CompressError
+from compress.targets.agent import UNAVAILABLE
 
 NO_DISTILLATION = "no_distillation"
 """The control that was trained like the run, but without teachers."""
@@ -34,6 +36,15 @@ class RunFolderError(CompressError):
 
 class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+def _found_out(value: Any) -> Any:
+    """None for "unavailable", the agent's word for what a machine does not tell."""
+    return None if value == UNAVAILABLE else value
+
+
+Told = Annotated[NonNegativeFloat | None, BeforeValidator(_found_out)]
+"""A figure that not every machine tells."""
 
 
 class Layer(Part):
@@ -166,9 +177,19 @@ class Conditions(Part):
     cpu: str | None = None
     arch: str | None = None
     is_arm: bool | None = None
-    threads: int | list[int] | None = None
+    emulator: Annotated[str | None, BeforeValidator(_found_out)] = None
+    """What a board runs programs of its architecture by, where that is no CPU: `qemu-aarch64`."""
+    threads: int | list[int] | str | None = None
     batch: int | None = None
     runtimes: dict[str, Any] = {}
+    before: dict[str, Any] = {}
+    """Temperature, clock, throttling and load before the first process."""
+    during: dict[str, Any] = {}
+    """Least and most of clock and temperature over all processes."""
+    after: dict[str, Any] = {}
+    """As before, after the last process."""
+    throttled: list[str] = []
+    """Why the machine is taken for throttled while it measured."""
 
 
 class Timing(Part):
@@ -188,7 +209,10 @@ class Timing(Part):
     first_ms: NonNegativeFloat | None = None
     peak_rss_mb: NonNegativeFloat | None = None
     samples: int | None = None
+    sampled_s: NonNegativeFloat | None = None
+    """Seconds of all samples together."""
     size_bytes: PositiveInt | None = None
+    sha256: str | None = None
 
 
 class Pair(Part):
@@ -207,10 +231,95 @@ class Pair(Part):
     """Why NOISY."""
 
 
+class OnTarget(Part):
+    """A sample of the evaluation images on the machine that measured, and on the host by a runtime of the same name."""
+
+    file: str
+    runtime: str
+    images: int
+    correct: int | None = None
+    accuracy: float | None = Field(default=None, ge=0, le=1)
+    host_accuracy: float | None = Field(default=None, ge=0, le=1)
+    outputs: int
+    """Output values compared."""
+    differing: int
+    max_lsb: int | None = None
+    """Of integer outputs."""
+    max_difference: float | None = None
+    """Of float outputs."""
+    equal: bool
+    """Bit for bit."""
+    board_version: str | None = None
+    host_version: str | None = None
+    outputs_sha256: str | None = None
+
+
+class Point(Part):
+    """A few seconds of a sustained run."""
+
+    t_s: NonNegativeFloat
+    p50_ms: PositiveFloat
+    p90_ms: PositiveFloat | None = None
+    samples: int | None = None
+    mhz: Told = None
+    temperature_c: Annotated[float | None, BeforeValidator(_found_out)] = None
+    throttled: list[str] = []
+    """Why the machine is taken for held back at that time."""
+
+
+class Sustained(Part):
+    """One file without a pause for minutes."""
+
+    file: str
+    runtime: str
+    threads: int | str | None = None
+    series: list[Point] = []
+    first_minute_p50_ms: PositiveFloat | None = None
+    last_minute_p50_ms: PositiveFloat | None = None
+    slowdown: PositiveFloat | None = None
+    throttled: list[str] = []
+    verdict: str | None = None
+
+
+class EmulatedParity(Part):
+    """A file's outputs from the kernels that an emulated core runs, compared with the host's."""
+
+    file: str
+    runtime: str
+    cpu: str
+    images: int | None = None
+    outputs: int
+    differing: int
+    max_lsb: int | None = None
+    max_difference: float | None = None
+    outputs_sha256: str | None = None
+
+
+class InstructionCount(Part):
+    """Instructions of one inference by one thread of an emulated core."""
+
+    file: str
+    runtime: str
+    cpu: str
+    instructions: PositiveInt
+    repeat_instructions: PositiveInt | None = None
+    """Of a second count of the same: how far it may be trusted."""
+    overhead_instructions: NonNegativeInt | None = None
+    cycles_estimated: Told = None
+    share_covered: Told = None
+    """Part of the instructions that the estimate of cycles looked at."""
+    size_bytes: PositiveInt | None = None
+    sha256: str | None = None
+
+
 class Benchmark(Part):
     conditions: Conditions
     rows: list[Timing] = []
     pairs: list[Pair] = []
+    accuracy: list[OnTarget] = []
+    sustained: list[Sustained] = []
+    parity: list[EmulatedParity] = []
+    counts: list[InstructionCount] = []
     notes: list[str] = []
 
 

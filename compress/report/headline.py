@@ -7,16 +7,19 @@ from typing import Any
 from compress.report import wording
 from compress.report.folder import Benchmark, Conditions, NetworkFigures, Verification
 from compress.report.wording import NOT_MEASURED, SIMULATED
+from compress.targets import is_emulated
 
 
 def machine(conditions: Conditions) -> dict[str, Any]:
     """Who measured the latencies, and the sentence that has to stand beside every one of them."""
     arch = conditions.arch
     looks_arm = str(arch).lower().startswith(("aarch64", "arm"))
-    emulated = conditions.target == "emulated"
+    emulated = is_emulated(conditions.target)
     cpu = conditions.machine or conditions.cpu or "a CPU the benchmark did not name"
     if emulated:
-        statement = f"Emulated figures from {cpu}: they check results and are no board's fps."
+        statement = f"{cpu[0].upper()}{cpu[1:]}: outputs are checked and instructions counted. No time was measured."
+    elif conditions.emulator:
+        statement = f"Timed under {conditions.emulator}, which emulates {cpu}: this is not ARM fps."
     elif conditions.is_arm and looks_arm:
         statement = f"Measured on {cpu} ({arch})."
     elif arch:
@@ -28,7 +31,7 @@ def machine(conditions: Conditions) -> dict[str, Any]:
     return {
         "cpu": cpu,
         "arch": arch,
-        "is_arm": bool(conditions.is_arm and looks_arm and not emulated),
+        "is_arm": bool(conditions.is_arm and looks_arm and not emulated and not conditions.emulator),
         "emulated": emulated,
         "statement": statement,
         "conditions": ", ".join([*_threads(conditions.threads), f"batch {conditions.batch or 1}", name]),
@@ -48,6 +51,7 @@ def headline(
     baseline: dict[str, Any] | None,
     verification: Verification | None,
     benchmark: Benchmark | None,
+    board: dict[str, Any] | None = None,
     ablation: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The verdict in one sentence, the figures behind it with their conditions, and what must not be overlooked."""
@@ -64,6 +68,11 @@ def headline(
         "compute": _compute(final, parent),
         "parity": _parity(verification),
     }
+    emulated = bool(benchmark and is_emulated(benchmark.conditions.target))
+    if board and emulated:
+        facts["speed"] = _instructions(best, board)
+    if board and (board["accuracy"] or board["parity"]):
+        facts["board"] = _on_target(board, emulated)
     if ablation:
         facts["ablation"] = _ablation(ablation)
     last = next(reversed(left.values()), None)
@@ -82,6 +91,7 @@ def headline(
         missing = [name for name in ("speed", "accuracy", "size") if facts[name]["value"] == NOT_MEASURED]
         sentence = ", ".join(phrases[:3]) or "compressed"
         sentence += f"; {' and '.join(missing)} not measured" if missing else ""
+        sentence += "; speed not measured (emulated)" if emulated else ""
         if last and unexecuted:
             lost = "accuracy not measured" if last["difference"] is None else wording.lost(last["difference"])
             sentence += f"; {unexecuted} simulated: {lost}"
@@ -125,6 +135,56 @@ def _speed(best: dict[str, Any] | None, baseline: dict[str, Any] | None, benchma
         f"{how}{', NOISY' if noisy else ''}; {condition}",
         phrase=f"about {phrase}" if noisy and "no " not in phrase else phrase,
         tone="" if noisy else "good" if "faster" in phrase else "bad" if "slower" in phrase else "",
+    )
+
+
+def _instructions(best: dict[str, Any] | None, board: dict[str, Any]) -> dict[str, str]:
+    """What an emulated core executes for one image, in place of a speed that it cannot tell."""
+    own = [count for count in board["counts"] if best and count["file"] == best["file"]]
+    if not own:
+        return _fact("Instructions", NOT_MEASURED, "no count of this network in this run")
+    per_core = [f"{wording.core(count['cpu'])} {wording.count(count['instructions'])}" for count in own]
+    fewer = [
+        f"{wording.core(count['cpu'])} {wording.ratio(count['fewer_cycles'])}"
+        for count in own
+        if count["fewer_cycles"] is not None
+    ]
+    estimate = f"; cycles estimated: {', '.join(fewer)} fewer than the parent" if fewer else ""
+    return _fact(
+        "Instructions",
+        wording.count(own[0]["instructions"]),
+        f"{', '.join(per_core)}; {own[0]['file']}"
+        if len(own) > 1
+        else f"{own[0]['file']} on {wording.core(own[0]['cpu'])}",
+        f"one image, one thread, counted under emulation{estimate}",
+    )
+
+
+def _on_target(board: dict[str, Any], emulated: bool) -> dict[str, str]:
+    """Whether the machine that measured computes what this one does."""
+    label = "On emulated ARM cores" if emulated else "Outputs there and here"
+    entries = [entry for entry in board["parity" if emulated else "accuracy"] if entry["exact"]]
+    accuracy = [
+        f"{sample['file']} {wording.percent(sample['accuracy'])}"
+        for sample in board["accuracy"]
+        if sample["accuracy"] is not None
+    ]
+    if not entries:
+        condition = f"accuracy on {board['accuracy'][0]['images']:,} images there" if accuracy else ""
+        return _fact(label, "no integers to compare", ", ".join(accuracy), condition)
+    differing, outputs = (sum(entry[name] for entry in entries) for name in ("differing", "outputs"))
+    files = ", ".join(dict.fromkeys(entry["file"] for entry in entries))
+    if emulated:
+        condition = ", ".join(dict.fromkeys(wording.core(entry["cpu"]) for entry in entries))
+    else:
+        versions = [f"{wording.runtime(entry['runtime'])} {entry['versions']}" for entry in entries]
+        condition = f"{entries[0]['images']:,} images, {', '.join(dict.fromkeys(versions))}"
+    return _fact(
+        label,
+        f"{differing:,} of {outputs:,} differ" if differing else "equal, bit for bit",
+        files,
+        condition,
+        tone="bad" if differing else "good",
     )
 
 

@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from compress.report import charts, distilled, wording
+from compress.report.board import board
 from compress.report.folder import (
     Benchmark,
     Export,
@@ -40,12 +41,6 @@ COMPRESSING = ("prune", "quantize")
 
 KINDS = ("parent", "float", "float16", "int8_weights", "int8")
 """Of files, the more compressed the later."""
-
-CONDITIONS = {"arch": "architecture", "cpu": "CPU", "os": "system"}
-"""A benchmark's conditions that have another name for people."""
-
-UNITS = {"gb": "GB", "mhz": "MHz", "c": "°C", "s": "s"}
-"""What a condition's name may end with."""
 
 FORMAT = 1
 """Of report.json; goes up when a field changes its meaning."""
@@ -90,6 +85,7 @@ def _report(folder: RunFolder) -> dict[str, Any]:
     verification, benchmark = _last(stages, Verification), _last(stages, Benchmark)
     networks = _stages(stages, parent, files, best)
     ablation = distilled.ablation(folder, networks, best, _report(undistilled) if undistilled else None)
+    measured = board(benchmark[1]) if benchmark else None
     report = {
         "format": FORMAT,
         "name": folder.run.name,
@@ -100,6 +96,7 @@ def _report(folder: RunFolder) -> dict[str, Any]:
             baseline,
             verification=verification and verification[1],
             benchmark=benchmark and benchmark[1],
+            board=measured,
             ablation=ablation,
         ),
         "machine": benchmark and machine(benchmark[1].conditions),
@@ -113,6 +110,7 @@ def _report(folder: RunFolder) -> dict[str, Any]:
         "layers": _layers(stages, parent),
         "verify": verification and _verification(stages, *verification),
         "benchmark": benchmark and _benchmark(stages, *benchmark),
+        "board": measured,
         "knowledge": distilled.knowledge(stages, undistilled.stages if undistilled else []),
         "ablation": ablation,
     }
@@ -124,8 +122,10 @@ def summary_rows(report: dict[str, Any]) -> list[dict[str, str]]:
 
     A network that was exported has a row per file and runtime, with figures measured on the file; one that was not
     has a single row with the torch figures. Print `report["machine"]["statement"]` below: latencies belong to it.
+    Emulated cores have instructions in place of latencies.
     """
     rows = []
+    emulated = bool(report["machine"] and report["machine"]["emulated"])
     networks = [stage for stage in report["stages"] if stage["network"]]
     if report["parent"] and report["parent"]["stage"] is None:
         networks.insert(0, {"folder": None, "network": report["parent"]})
@@ -144,16 +144,35 @@ def summary_rows(report: dict[str, Any]) -> list[dict[str, str]]:
                     "MACs": wording.count(network["macs"]),
                     "params": wording.count(network["params"]),
                     "size": wording.size(file["size_bytes"]) if file["file"] else absent,
-                    "p50": wording.ms(timing["p50_ms"]) if timing else absent,
-                    "fps": wording.three_digits(timing["fps"]) if timing else absent,
-                    "speed-up": "parent"
-                    if file["kind"] == "parent"
-                    else wording.ratio(pair["speedup"])
-                    if pair
-                    else absent,
                 }
+                | (
+                    _counted(file, report["board"], absent)
+                    if emulated
+                    else {
+                        "p50": wording.ms(timing["p50_ms"]) if timing else absent,
+                        "fps": wording.three_digits(timing["fps"]) if timing else absent,
+                        "speed-up": "parent"
+                        if file["kind"] == "parent"
+                        else wording.ratio(pair["speedup"])
+                        if pair
+                        else absent,
+                    }
+                )
             )
     return [*rows, *_ablated_row(report["ablation"], rows)]
+
+
+def _counted(file: dict[str, Any], board: dict[str, Any], absent: str) -> dict[str, str]:
+    """Instructions and estimated cycles of a file, per emulated core."""
+    own = [count for count in board["counts"] if count["file"] == file["file"]]
+
+    def said(name: str) -> str:
+        figures = [
+            f"{wording.count(count[name])} ({wording.core(count['cpu'])})" for count in own if count[name] is not None
+        ]
+        return ", ".join(figures) or absent
+
+    return {"instructions": said("instructions"), "cycles, estimated": said("cycles_estimated")}
 
 
 def _ablated_row(ablation: dict[str, Any] | None, rows: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -364,7 +383,7 @@ def _stale(stage: Stage, name: str) -> str:
 
 def _timing(row: Timing) -> dict[str, Any]:
     """A row's figures with its frames per second and its spread, (p90 - p50) / p50."""
-    timing = row.model_dump(mode="json", exclude={"file", "kind", "runtime", "size_bytes"})
+    timing = row.model_dump(mode="json", exclude={"file", "kind", "runtime", "size_bytes", "sha256"})
     timing["fps"] = 1000 / row.p50_ms
     timing["spread"] = None if row.p90_ms is None else (row.p90_ms - row.p50_ms) / row.p50_ms
     return timing
@@ -512,7 +531,8 @@ def _verification(stages: list[Stage], at: int, metrics: Verification) -> dict[s
 
 def _benchmark(stages: list[Stage], at: int, metrics: Benchmark) -> dict[str, Any]:
     rows = [{"file": row.file, "kind": row.kind, "runtime": row.runtime} | _timing(row) for row in metrics.rows]
-    return {"stage": stages[at].manifest.folder} | metrics.model_dump(mode="json") | {"rows": rows}
+    own = metrics.model_dump(mode="json", include={"conditions", "pairs", "notes"})
+    return {"stage": stages[at].manifest.folder} | own | {"rows": rows}
 
 
 def _minus(value: float | None, other: float | None) -> float | None:
@@ -554,7 +574,7 @@ def _conditions(run: RunDescription) -> dict[str, str]:
         "Started": run.started and wording.moment(run.started),
         "Time taken": None if run.seconds is None else wording.duration(run.seconds),
     }
-    return {name: _as_text(value) for name, value in found.items() if value not in (None, "", {})}
+    return {name: wording.as_text(value) for name, value in found.items() if value not in (None, "", {})}
 
 
 def _notes(folder: RunFolder) -> list[dict[str, Any]]:
@@ -584,6 +604,7 @@ def _warnings(report: dict[str, Any]) -> list[str]:
         found.append(
             f"Noisy measurement ({names}): take the speed-up for a rough figure and measure again on a quiet machine."
         )
+    found += _board_warnings(report["board"])
     files = {file["file"]: file for file in report["files"]}
     best = files.get(report["headline"]["file"])
     if best and best["timing"]:
@@ -614,6 +635,32 @@ def _warnings(report: dict[str, Any]) -> list[str]:
     return found + [f"{sentence[0].upper()}{sentence[1:]}." for sentence in report["stale"]]
 
 
+def _board_warnings(board: dict[str, Any] | None) -> list[str]:
+    if not board:
+        return []
+    found = []
+    for sample in board["accuracy"]:
+        if sample["exact"] and not sample["equal"]:
+            largest = wording.apart(sample)
+            found.append(
+                f"{sample['file']} computes other outputs on the machine that measured than here:"
+                f" {sample['differing']:,} of {sample['outputs']:,} differ, by at most {largest}"
+                f" ({wording.runtime(sample['runtime'])} {sample['versions']})."
+            )
+    for entry in board["parity"]:
+        if entry["exact"] and entry["differing"]:
+            found.append(
+                f"{entry['file']} computes other outputs on an emulated {wording.core(entry['cpu'])} than here:"
+                f" {entry['differing']:,} of {entry['outputs']:,} differ, by at most {wording.apart(entry)}."
+            )
+    for series in board["sustained"]:
+        if series["verdict"] not in (None, "OK"):
+            end = f" takes {wording.ratio(series['slowdown'])} as long at the end as at the start of"
+            during = f"{end if series['slowdown'] else ', during'} {wording.duration(60 * series['minutes'])}"
+            found.append(f"The machine throttles: {series['file']}{during} without a pause.")
+    return found
+
+
 def _ablation_warnings(ablation: dict[str, Any] | None) -> list[str]:
     if not ablation:
         return []
@@ -639,6 +686,7 @@ def as_html(report: dict[str, Any]) -> str:
         "tradeoff": charts.tradeoff(report["files"]),
         "channels": charts.channels(report["layers"]),
         "knowledge": {found["stage"]: charts.knowledge(found) for found in report["knowledge"]},
+        "sustained": [(series, charts.sustained(series)) for series in (report["board"] or {}).get("sustained", [])],
         "lsb": [
             (item, charts.lsb_histogram(item, allowed=report["verify"]["tolerance_lsb"]))
             for item in (report["verify"] or {}).get("agreement", [])
@@ -691,20 +739,14 @@ def _environment(*, autoescape: bool, finalize: Callable[[Any], Any] | None = No
         "figure",
         "change",
         "looked_at",
+        "as_text",
+        "apart",
+        "core",
+        "span",
     ):
         environment.filters[name] = getattr(wording, name)
-    environment.filters["as_text"] = _as_text
     environment.filters["verbatim"] = lambda text: Markup(" ".join(text.split()))
-    environment.filters["condition"] = _condition
     return environment
-
-
-def _condition(name: str) -> str:
-    """`ram_gb` as `ram, GB`."""
-    words, _, unit = name.rpartition("_")
-    if words and unit in UNITS:
-        return f"{words.replace('_', ' ')}, {UNITS[unit]}"
-    return CONDITIONS.get(name, name.replace("_", " "))
 
 
 def _escape_markdown(value: Any) -> Any:
@@ -712,16 +754,3 @@ def _escape_markdown(value: Any) -> Any:
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
     return "".join(f"\\{c}" if c in "\\|<*[]`" else c for c in " ".join(value.split()))
-
-
-def _as_text(value: Any) -> str:
-    """A setting or condition as a reader would write it: no quotes, no braces."""
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_as_text(item)}" for key, item in value.items()) or "none"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(_as_text, value)) or "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
+from compress.targets.agent import UNAVAILABLE
+
 NOT_MEASURED = "not measured"
 
 SIMULATED = "simulated"
@@ -87,7 +89,9 @@ def duration(seconds: float | None) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def moment(text: str) -> str:
@@ -100,7 +104,7 @@ def moment(text: str) -> str:
 
 def runtime(name: str | None, version: object = None) -> str:
     label = RUNTIMES.get(name or "", name or NOT_MEASURED)
-    return f"{label} {version}" if version and version != "unavailable" else label
+    return f"{label} {version}" if version and version != UNAVAILABLE else label
 
 
 def faster(speedup: float, interval: tuple[float, float] | list[float] | None = None) -> str:
@@ -212,6 +216,39 @@ def change(value: float | None, unit: str) -> str:
         return points(value)
     text = f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")
     return "0.000" if float(f"{value:.3f}") == 0 else text
+
+
+def as_text(value: Any) -> str:
+    """A setting or condition as a reader would write it: no quotes, no braces."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {as_text(item)}" for key, item in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(as_text, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def core(name: str) -> str:
+    """`cortex-a72` as Arm writes it."""
+    return "-".join(part.capitalize() for part in name.split("-"))
+
+
+def apart(entry: dict[str, Any]) -> str:
+    """How far two runs of a file are from each other at most."""
+    if entry["max_lsb"] is not None:
+        return f"{entry['max_lsb']} LSB"
+    return NOT_MEASURED if entry["max_difference"] is None else f"{entry['max_difference']:.2g}"
+
+
+def span(ends: list[float] | None, unit: str) -> str:
+    """From least to most of a series; None where the machine did not tell."""
+    if ends is None:
+        return UNAVAILABLE
+    low, high = (f"{end:,.0f}" for end in ends)
+    return f"{low} {unit}" if low == high else f"{low} to {high} {unit}"
 
 
 def _compared(times: float, more: str, less: str, same: str) -> str:

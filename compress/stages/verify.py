@@ -7,13 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from pydantic import Field
 from torch import nn
 
-from compress.product import Data, Product, Progress, Run
+from compress.gate import answers
+from compress.product import Data, Product, Run
+from compress.progress import Progress
 from compress.settings import Settings
 from compress.stages.export import by_kind, compressed, reference
-from compress.verification import Tolerances, Verification, of_split, verify_product
+from compress.verification import Inputs, Tolerances, Verification, of_split, verify_product
 
 
 class Verify(Settings):
@@ -36,17 +39,27 @@ class Verify(Settings):
     threads: int = Field(default=2, ge=1)
 
     def apply(self, product: Product, run: Run) -> Product:
-        verification = self.verify(product, run.data, run.progress)
+        """Also writes which class each image got from each file, and a sample of the images: see `compress.gate`."""
+        inputs = of_split(run.data)
+        verification = self._verify(product, inputs, run.progress)
         for note in verification.notes:
             run.progress.note(note)
+        assert verification.labels_N is not None
+        sample = answers.chosen(inputs.count, image_bytes=inputs.pick([0]).nbytes)
+        kept = answers.Answers(verification.labels_N, verification.top1, tuple(sample))
+        answers.write(run.folder / answers.NAME, kept)
+        np.save(run.folder / answers.SAMPLE, inputs.pick(sample))
         return replace(product, metrics=verification.as_dict())
 
     def verify(self, product: Product, data: Data, progress: Progress, limit: int | None = None) -> Verification:
         """The product's files on the evaluation split, or on `limit` images of it."""
+        return self._verify(product, of_split(data, limit), progress)
+
+    def _verify(self, product: Product, inputs: Inputs, progress: Progress) -> Verification:
         return verify_product(
             product.files,
             references(product),
-            of_split(data, limit),
+            inputs,
             threads=self.threads,
             tolerances=Tolerances(
                 lsb=self.tolerance_lsb,

@@ -1,42 +1,74 @@
-"""Machines that measure: so far the one `compress` runs on; a board over ssh will be another."""
+"""Machines that measure: the one `compress` runs on, a board over ssh, an emulated ARM userland.
+
+`agent.py` does the measuring on each of them, a `Machine` carries it there, `asking` says what to measure.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from collections.abc import Sequence
 
 from compress.errors import TargetError
+from compress.progress import Progress
+from compress.targets.asking import RUNTIMES, Comparison, Measuring, Runtime
 from compress.targets.local import Local, open_model
+from compress.targets.machine import Machine
 
-__all__ = ["Runtime", "Target", "TargetSettings", "open_model", "target"]
+__all__ = [
+    "NAMES",
+    "RUNTIMES",
+    "Comparison",
+    "Machine",
+    "Measuring",
+    "Runtime",
+    "check_name",
+    "is_emulated",
+    "open_model",
+    "open_target",
+]
 
-Runtime = Literal["onnxruntime", "litert"]
-
-TargetSettings = Literal["local"]
-"""What a recipe can name as its target."""
-
-
-class Target(Protocol):
-    """A machine on which `agent.py` runs. Both methods raise TargetError when it cannot answer."""
-
-    @property
-    def name(self) -> str:
-        """As the recipe names it."""
-        ...
-
-    def probe(self) -> dict[str, Any]:
-        """What `agent.probe` finds out: board, CPU, memory, system, runtimes, clock, temperature."""
-        ...
-
-    def time(
-        self, model: Path, *, runtime: str, threads: int, runs: int, warmup_s: float, min_s: float
-    ) -> dict[str, Any]:
-        """What `agent.py time` prints for one fresh process."""
-        ...
+NAMES = ("local", "emulated", "emulated:cortex-a53", "emulated:cortex-a72", "emulated:cortex-a76")
+"""Targets without a host; a board is `ssh://user@host[:port]`."""
 
 
-def target(name: str) -> Target:
-    """The machine that a recipe names. Raises TargetError for a name that is none."""
+def is_emulated(name: str) -> bool:
+    """Whether the target computes what an ARM core would and takes its own time for it."""
+    return name.partition(":")[0] == "emulated"
+
+
+def open_target(
+    name: str, progress: Progress, *, setup: bool = False, runtimes: Sequence[Runtime] = RUNTIMES
+) -> Machine:
+    """The machine that a recipe or a command names, not yet entered: it connects when it is.
+
+    With `setup` a board gets an environment of its own with numpy and `runtimes`. Raises TargetError for a name that is
+    none.
+    """
+    check_name(name)
+    if name.startswith("ssh://"):
+        from compress.targets.ssh import Ssh
+
+        return Ssh(name, setup=setup, runtimes=tuple(runtimes), progress=progress)
+    if setup:
+        raise TargetError(f"target {name}", "there is nothing to set up", "leave out --setup")
+    if is_emulated(name):
+        from compress.targets.emulated import Emulated
+
+        return Emulated(name, progress=progress)
+    return Local()
+
+
+def check_name(name: str) -> str:
+    """The name of a target. Raises TargetError for one that no machine goes by; nothing is connected."""
     if name == "local":
-        return Local()
-    raise TargetError(f"target {name}", "no such target", f"known: {', '.join(get_args(TargetSettings))}")
+        return name
+    if name.startswith("ssh://"):
+        from compress.targets.ssh import parse
+
+        parse(name)
+        return name
+    if is_emulated(name):
+        from compress.targets.emulated import parse as parse_emulated
+
+        parse_emulated(name)
+        return name
+    raise TargetError(f"target {name}", "no such target", f"known: {', '.join(NAMES)}, ssh://user@host[:port]")

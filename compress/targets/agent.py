@@ -1,13 +1,19 @@
 """Measures and runs exported networks on the machine it lies on: one file, to be copied to a board.
 
     python agent.py probe
-    python agent.py time MODEL [--runtime auto] [--threads 1] [--runs 50] [--warmup-s 0.2] [--min-s 0]
-                               [--inputs X.npy]
-    python agent.py run MODEL --inputs X.npy --outputs Y.npy [--runtime auto] [--threads 1]
+    python agent.py time MODEL [--runtime auto] [--threads 1|auto] [--cores auto|any|0,1] [--runs 50]
+                               [--warmup-s 0.2] [--min-s 0] [--inputs X.npy]
+    python agent.py compare FILE... [--runtime onnxruntime --runtime litert] [--rounds 4] [--done DONE.jsonl]
+                               [--tolerance 0.05] [--seed 0] and what `time` takes
+    python agent.py run MODEL --inputs X.npy --outputs Y.npy [--labels L.npy]
+    python agent.py sustain MODEL [--minutes 5] [--every-s 5]
 
-Each command prints one JSON object as the last line of its standard output; progress and errors go to
-standard error, the error last. It needs Python 3.9, numpy, and onnxruntime or ai-edge-litert (or
-tflite-runtime); nothing of `compress`.
+Each command prints JSON objects, one per line of its standard output, the result last. Progress and errors go to
+standard error, `agent: error: ...` last, with exit status 1. It needs Python 3.9, numpy, and onnxruntime or
+ai-edge-litert (or tflite-runtime); nothing of `compress`. `probe` needs Python alone.
+
+`compare` starts Python again for every process that it measures: as `--launcher` or COMPRESS_AGENT_PYTHON says (a JSON
+list of words), else as `sys.executable`.
 
 The rest of `compress` opens every model through `open_model` too: accuracy and speed come from equal
 sessions.
@@ -25,15 +31,25 @@ import json
 import os
 import platform
 import re
+import select
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
-import numpy as np
+try:
+    import numpy as np
+except ImportError:  # a board before its set-up: `probe` can say so
+    np = None  # type: ignore[assignment]
 
 UNAVAILABLE = "unavailable"
 
@@ -50,6 +66,11 @@ INSTALL = {
     "onnxruntime": "python -m pip install onnxruntime",
     "litert": "python -m pip install ai-edge-litert",
 }
+
+RUNTIMES = tuple(INSTALL)
+
+Rounds = list[list[float]]
+"""Samples in ms, one list per round, which is one process."""
 
 
 class AgentError(Exception):
@@ -71,9 +92,14 @@ class TensorSpec:
     zero_point: int = 0
 
     def store(self, real: np.ndarray) -> np.ndarray:
-        """Real values in the tensor's own type; halves round to even, as in ONNX."""
+        """Real values in the tensor's own type; halves round to even, as in ONNX.
+
+        An array of the tensor's own integer type is taken for stored values.
+        """
+        if real.dtype == self.dtype and self.dtype.kind != "f":
+            return real
         if self.scale is None:
-            if self.dtype.kind != "f" and real.dtype != self.dtype:
+            if self.dtype.kind != "f":
                 raise AgentError(f"input {self.name}: wants {self.dtype} and the file has no scale for {real.dtype}")
             return real.astype(self.dtype, copy=False)
         limits = np.iinfo(self.dtype)
@@ -110,7 +136,7 @@ class Model:
     """Time from the file to a model ready for its first inference."""
 
     def feed(self, image: np.ndarray) -> np.ndarray:
-        """One real-valued image, CHW or HWC, as the file's input stores it, with a batch axis."""
+        """One image, CHW or HWC, real-valued or stored values, as the file's input stores it, with a batch axis."""
         wanted = self.input.shape[1:]
         layouts = [image]
         if image.ndim == 3:
@@ -120,8 +146,8 @@ class Model:
                 return np.ascontiguousarray(self.input.store(layout)[None])
         raise AgentError(f"{self.path}: wants images of shape {wanted}, given {image.shape}")
 
-    def predict(self, images: np.ndarray, *, on_image: Callable[[], None] | None = None) -> np.ndarray:
-        """Real values (N, ...) of the first output for real-valued NCHW or NHWC images, one by one."""
+    def answers(self, images: np.ndarray, *, on_image: Callable[[], None] | None = None) -> np.ndarray:
+        """The first output (N, ...) as the file stores it, for NCHW or NHWC images (see `feed`), one by one."""
         if not len(images):
             raise AgentError(f"{self.path}: no images given")
         rows = []
@@ -129,7 +155,14 @@ class Model:
             rows.append(self.infer(self.feed(image))[0][0])
             if on_image:
                 on_image()
-        return self.outputs[0].real(np.stack(rows))
+        try:
+            return np.stack(rows)
+        except ValueError as error:
+            raise AgentError(f"{self.path}: the size of its output changes from image to image") from error
+
+    def predict(self, images: np.ndarray, *, on_image: Callable[[], None] | None = None) -> np.ndarray:
+        """Real values (N, ...) of the first output for NCHW or NHWC images, one by one."""
+        return self.outputs[0].real(self.answers(images, on_image=on_image))
 
 
 def open_model(path: str | Path, runtime: str = "auto", threads: int = 1) -> Model:
@@ -144,7 +177,7 @@ def open_model(path: str | Path, runtime: str = "auto", threads: int = 1) -> Mod
             raise AgentError(f"{path}: unknown kind of file; known are {', '.join(SUFFIXES)}")
         runtime = SUFFIXES[path.suffix]
     if runtime not in INSTALL:
-        raise AgentError(f"no runtime {runtime!r}; known are {', '.join(INSTALL)}")
+        raise AgentError(f"no runtime {runtime!r}; known are {', '.join(RUNTIMES)}")
     if not path.is_file():
         raise AgentError(f"{path}: no such file")
     if threads < 1:
@@ -152,6 +185,8 @@ def open_model(path: str | Path, runtime: str = "auto", threads: int = 1) -> Mod
     model = (_open_onnxruntime if runtime == "onnxruntime" else _open_litert)(path, threads)
     if -1 in model.input.shape:
         raise AgentError(f"{path}: its input has an open size {model.input.shape}; export it with a fixed one")
+    if model.input.dtype.kind not in "fiu":
+        raise AgentError(f"{path}: its input holds {model.input.dtype}, not numbers")
     return model
 
 
@@ -188,7 +223,10 @@ def _open_onnxruntime(path: Path, threads: int) -> Model:
     source = _only_input(path, session.get_inputs())
 
     def infer(array: np.ndarray) -> list[np.ndarray]:
-        return session.run(None, {source.name: array})
+        try:
+            return session.run(None, {source.name: array})
+        except Exception as error:
+            raise AgentError(f"{path}: onnxruntime cannot run it: {_first_line(error)}") from error
 
     return Model(
         path=path,
@@ -233,9 +271,12 @@ def _open_litert(path: Path, threads: int) -> Model:
     sinks = interpreter.get_output_details()
 
     def infer(array: np.ndarray) -> list[np.ndarray]:
-        interpreter.set_tensor(source["index"], array)
-        interpreter.invoke()
-        return [interpreter.get_tensor(sink["index"]) for sink in sinks]
+        try:
+            interpreter.set_tensor(source["index"], array)
+            interpreter.invoke()
+            return [interpreter.get_tensor(sink["index"]) for sink in sinks]
+        except Exception as error:
+            raise AgentError(f"{path}: litert cannot run it: {_first_line(error)}") from error
 
     notes = []
     if package == "tflite_runtime":
@@ -336,21 +377,60 @@ def probe() -> dict[str, Any]:
         "board": _board(),
         "cpu": _cpu_name(),
         "arch": platform.machine() or UNAVAILABLE,
+        "machine": platform.machine() or UNAVAILABLE,
+        "bits": bits(),
         "is_arm": platform.machine().lower().startswith(("aarch64", "arm")),
         "features": [name for name in FEATURES if name in flags] or UNAVAILABLE,
         "cores": os.cpu_count() or UNAVAILABLE,
-        "cores_allowed": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else UNAVAILABLE,
+        "cores_allowed": len(allowed_cores()),
+        "cores_fastest": fastest_cores(),
         "ram_gb": _ram_gb(),
+        "disk_free_mb": _disk_free_mb(Path(__file__).parent),
         "os": _os_name(),
         "kernel": f"{platform.system()} {platform.release()}".strip() or UNAVAILABLE,
+        "libc": _libc(),
         "python": platform.python_version(),
-        "numpy": np.__version__,
+        "python_path": sys.executable or UNAVAILABLE,
+        "venv": all(map(importlib.util.find_spec, ("venv", "ensurepip"))),
+        "agent": sha256(Path(__file__)),
+        "numpy": np.__version__ if np else UNAVAILABLE,
         "runtimes": {
             "onnxruntime": _version_of("onnxruntime") or UNAVAILABLE,
             "litert": _litert_version() or UNAVAILABLE,
         },
         **conditions(),
     }
+
+
+def bits() -> int:
+    """Of this Python's pointers: a 64-bit kernel may run a 32-bit system."""
+    return 64 if sys.maxsize > 2**32 else 32
+
+
+def allowed_cores() -> list[int]:
+    """The CPUs that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def fastest_cores() -> list[int]:
+    """The allowed CPUs of the fastest kind: within 10 % of the best, by the kernel's measure or by highest clock.
+
+    All of them where they are of one kind, or where nothing is known. 10 %, because single cores of one kind
+    differ a little in their highest clock.
+    """
+    speeds = _core_speeds()
+    return [cpu for cpu in speeds if speeds[cpu] >= 0.9 * max(speeds.values())]
+
+
+def _core_speeds() -> dict[int, int]:
+    """Relative speeds of the allowed CPUs; equal ones where they are of one kind, or where nothing is known."""
+    cores = allowed_cores()
+    for name in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
+        texts = {cpu: _read(f"/sys/devices/system/cpu/cpu{cpu}/{name}") or "" for cpu in cores}
+        speeds = {cpu: int(text) for cpu, text in texts.items() if text.isdigit()}
+        if len(speeds) == len(cores) and min(speeds.values()) < 0.9 * max(speeds.values()):
+            return speeds
+    return dict.fromkeys(cores, 1)
 
 
 def conditions() -> dict[str, Any]:
@@ -412,6 +492,20 @@ def _cpuinfo() -> list[tuple[str, str]]:
     return [(key.strip(), value.strip()) for key, value in pairs]
 
 
+def _libc() -> str:
+    """Wheels of the runtimes are built for glibc; musl cannot load them."""
+    if _globbed("/lib/ld-musl-*"):
+        return "musl"
+    return " ".join(platform.libc_ver()).strip() or UNAVAILABLE
+
+
+def _disk_free_mb(folder: Path) -> Any:
+    try:
+        return shutil.disk_usage(folder).free >> 20
+    except OSError:
+        return UNAVAILABLE
+
+
 def _ram_gb() -> Any:
     found = re.search(r"MemTotal:\s+(\d+) kB", _read("/proc/meminfo") or "")
     return round(int(found[1]) / 2**20, 2) if found else UNAVAILABLE
@@ -437,6 +531,12 @@ def _current_mhz() -> Any:
     return round(max(map(float, clocks))) if clocks else UNAVAILABLE
 
 
+def _clock_mhz() -> Any:
+    """Of the fastest of the CPUs that this process may use, as the kernel set it."""
+    texts = [_read(f"/sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_cur_freq") or "" for cpu in allowed_cores()]
+    return max((int(text) // 1000 for text in texts if text.isdigit()), default=UNAVAILABLE)
+
+
 def _temperature_c() -> Any:
     """Of the hottest zone that names the CPU or the chip, or of the hottest zone at all."""
     zones = {}
@@ -450,29 +550,31 @@ def _temperature_c() -> Any:
 
 def _throttle() -> Any:
     """Flags of the Raspberry Pi's firmware, Intel's counter, the kernel's cooling state; or "unavailable"."""
-    bits = _firmware_bits()
+    firmware = _firmware_bits()
     counters = [_read(path) for path in _globbed("/sys/devices/system/cpu/cpu*/thermal_throttle/*_throttle_count")]
     devices = [
         path for path in _globbed("/sys/class/thermal/cooling_device*") if "cpufreq" in (_read(path / "type") or "")
     ]
-    if bits is None and not counters and not devices:
+    if firmware is None and not counters and not devices:
         return UNAVAILABLE
     states = [_read(path / "cur_state") or "0" for path in devices]
     return {
-        "now": [name for bit, name in THROTTLE_BITS.items() if (bits or 0) >> bit & 1],
-        "since_boot": [name for bit, name in THROTTLE_BITS.items() if (bits or 0) >> (bit + 16) & 1],
+        "now": [name for bit, name in THROTTLE_BITS.items() if (firmware or 0) >> bit & 1],
+        "since_boot": [name for bit, name in THROTTLE_BITS.items() if (firmware or 0) >> (bit + 16) & 1],
         "count": sum(int(text) for text in counters if text and text.isdigit()),
         "cooling": max((int(text) for text in states if text.isdigit()), default=0),
     }
 
 
 def _firmware_bits() -> int | None:
+    """Of `THROTTLE_BITS`: from the firmware's tool, or from the kernel where that is missing, as in a container."""
     try:
         done = subprocess.run(["vcgencmd", "get_throttled"], capture_output=True, text=True, timeout=5)
+        texts = re.findall(r"throttled=(0x[0-9a-fA-F]+)", done.stdout)
     except (OSError, subprocess.SubprocessError):
-        return None
-    found = re.search(r"throttled=(0x[0-9a-fA-F]+)", done.stdout)
-    return int(found[1], 16) if found else None
+        texts = []
+    texts += [_read(path) or "" for path in _globbed("/sys/devices/platform/soc*/*firmware/get_throttled")]
+    return next((int(text, 16) for text in texts if re.fullmatch(r"(0x)?[0-9a-fA-F]+", text)), None)
 
 
 def _litert_version() -> str | None:
@@ -489,7 +591,10 @@ def _version_of(module: str) -> str | None:
     try:
         return importlib.metadata.version(module.replace("_", "-"))
     except importlib.metadata.PackageNotFoundError:  # onnxruntime has several distributions for one module
-        return str(getattr(importlib.import_module(module), "__version__", "unknown"))
+        try:
+            return str(importlib.import_module(module).__version__)
+        except Exception:  # it is there; what is wrong with it is said when a model is opened
+            return "unknown"
 
 
 def _read(path: str | Path) -> str | None:
@@ -514,6 +619,10 @@ class Timing:
     first_ms: float
     samples_ms: list[float] = field(default_factory=list)
     """Steady state, in the order taken."""
+    cpu_s: float = 0.0
+    """Of all threads while the samples were taken."""
+    mhz: Any = UNAVAILABLE
+    """The clock right after the last sample."""
 
 
 def measure(model: Model, arrays: Sequence[np.ndarray], *, runs: int, warmup_s: float, min_s: float) -> Timing:
@@ -522,24 +631,95 @@ def measure(model: Model, arrays: Sequence[np.ndarray], *, runs: int, warmup_s: 
     `arrays` are fed in turn. A sample goes from numpy array to numpy arrays: the copies are part of it.
     """
 
-    def inference(array: np.ndarray) -> float:
-        begin = time.perf_counter_ns()
-        model.infer(array)
-        return (time.perf_counter_ns() - begin) / 1e6
-
-    timing = Timing(first_ms=inference(arrays[0]))
+    timing = Timing(first_ms=_inference_ms(model, arrays[0]))
     end = time.perf_counter() + warmup_s
     while time.perf_counter() < end:
-        inference(arrays[0])
+        _inference_ms(model, arrays[0])
     gc.collect()
     gc.disable()  # a collection in the middle of a sample is Python's time, not the network's
     try:
-        end = time.perf_counter() + min_s
+        begin_cpu_s, end = time.process_time(), time.perf_counter() + min_s
         while len(timing.samples_ms) < runs or time.perf_counter() < end:
-            timing.samples_ms.append(inference(arrays[len(timing.samples_ms) % len(arrays)]))
+            timing.samples_ms.append(_inference_ms(model, arrays[len(timing.samples_ms) % len(arrays)]))
+        timing.mhz = _clock_mhz()
+        timing.cpu_s = time.process_time() - begin_cpu_s
     finally:
         gc.enable()
     return timing
+
+
+def _inference_ms(model: Model, array: np.ndarray) -> float:
+    begin = time.perf_counter_ns()
+    model.infer(array)
+    return (time.perf_counter_ns() - begin) / 1e6
+
+
+def sustain(
+    model: Model,
+    array_: np.ndarray,
+    *,
+    seconds: float,
+    every_s: float,
+    tolerance: float = 0.1,
+    on_point: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Times under load that lasts, in windows of `every_s`, and whether the machine slowed down.
+
+    The first and the last minute are compared, or the halves of a run of less than two minutes. THROTTLED when
+    the machine says so, or when the last minute's median is longer, or its clock lower, by more than `tolerance`.
+    """
+    _inference_ms(model, array_)
+    begun, before = time.perf_counter(), conditions()
+    windows: list[array[float]] = []
+    points: list[dict[str, Any]] = []
+    reasons: list[str] = []
+    kept = max(1, round(min(60.0, seconds / 2) / every_s))  # windows of a minute
+    while not points or time.perf_counter() < begun + seconds:
+        window, end = array("d"), min(begun + every_s * (len(points) + 1), begun + max(seconds, every_s))
+        while not window or time.perf_counter() < end:
+            window.append(_inference_ms(model, array_))
+        clock, now = _clock_mhz(), conditions()
+        found = throttled(before, now)
+        p50_ms, p90_ms = np.percentile(window, [50, 90])
+        points.append(
+            {
+                "t_s": round(time.perf_counter() - begun, 3),
+                "p50_ms": float(p50_ms),
+                "p90_ms": float(p90_ms),
+                "samples": len(window),
+                "mhz": now["current_mhz"] if clock == UNAVAILABLE else clock,
+                "temperature_c": now["temperature_c"],
+                "throttle": now["throttle"],
+                "throttled": found,
+            }
+        )
+        reasons += found
+        windows.append(window)
+        if len(windows) > 2 * kept:  # a tiny network makes millions of samples
+            del windows[kept]
+        if on_point:
+            on_point(points[-1])
+    first_ms, last_ms = (float(np.median(np.concatenate(part))) for part in (windows[:kept], windows[-kept:]))
+    slowdown = last_ms / first_ms
+    reasons = _distinct(reasons)
+    if slowdown > 1 + tolerance:
+        reasons.append(f"the last minute took {slowdown:.2f} times as long as the first")
+    clocks = [point["mhz"] for point in points]
+    if UNAVAILABLE not in clocks:
+        first_mhz, last_mhz = (float(np.median(part)) for part in (clocks[:kept], clocks[-kept:]))
+        if last_mhz < first_mhz / (1 + tolerance):
+            reasons.append(f"the clock went from {first_mhz:.0f} to {last_mhz:.0f} MHz")
+    return {
+        "series": points,
+        "seconds": time.perf_counter() - begun,
+        "first_minute_p50_ms": first_ms,
+        "last_minute_p50_ms": last_ms,
+        "slowdown": slowdown,
+        "throttled": reasons,
+        "verdict": "THROTTLED" if reasons else "OK",
+        "before": before,
+        "after": conditions(),
+    }
 
 
 def random_input(spec: TensorSpec, seed: int = 0) -> np.ndarray:
@@ -561,30 +741,218 @@ def memory_mb(*, peak: bool) -> Any:
 
 
 def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------- comparing
+#
+# A ratio of two timings is worth something only where equal files take equal times. So the baseline is measured
+# twice in every round, and the two series' ratio says how far the machine can be trusted.
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One process of a comparison."""
+
+    round: int
+    runtime: str
+    index: int
+    """Of the file, among those given."""
+    control: bool = False
+    """The baseline's second measurement of the round."""
+
+
+def schedule(files: Sequence[str | Path], *, runtimes: Sequence[str] = RUNTIMES, rounds: int = 4) -> list[Slot]:
+    """The processes in the order they run: A B C A' per runtime and round, A being the runtime's first file.
+
+    A runtime with one file gets no control, one without files nothing.
+    """
+    slots = []
+    for number in range(rounds):
+        for runtime in dict.fromkeys(runtimes):
+            own = [index for index, file in enumerate(files) if SUFFIXES.get(Path(file).suffix) == runtime]
+            slots += [Slot(number, runtime, index) for index in own]
+            slots += [Slot(number, runtime, own[0], control=True)] if len(own) > 1 else []
+    return slots
+
+
+def summary(processes: Sequence[dict[str, Any]], *, tolerance: float = 0.05, seed: int = 0) -> dict[str, Any]:
+    """Rows (times of each file), pairs (each against its baseline) and notes of a whole comparison.
+
+    `processes` are what `time` answered, each with its slot's fields. fps = 1000 / p50; memory in MiB.
+    """
+    rows, pairs = [], []
+    for runtime in _distinct(process["runtime"] for process in processes):
+        own = [process for process in processes if process["runtime"] == runtime]
+        control = [process for process in own if process["control"]]
+        series: dict[int, list[dict[str, Any]]] = {}
+        for process in own:
+            if not process["control"]:
+                series.setdefault(process["index"], []).append(process)
+        baseline = next(iter(series.values()))
+        rows += [_row(processes) for processes in series.values()]
+        reasons = _distinct(reason for process in own for reason in process["throttled"])
+        pairs += [
+            {
+                "runtime": runtime,
+                "baseline": baseline[0]["file"],
+                "candidate": candidate[0]["file"],
+                "baseline_index": baseline[0]["index"],
+                "candidate_index": candidate[0]["index"],
+                "threads": candidate[0]["threads"],
+                **judge(
+                    _samples(baseline),
+                    _samples(candidate),
+                    control=_samples(control),
+                    reasons=reasons + _clock_changes([*baseline, *control]) + _clock_changes(candidate),
+                    tolerance=tolerance,
+                    seed=seed,
+                ),
+            }
+            for candidate in series.values()
+            if candidate is not baseline
+        ]
+    return {
+        "rows": rows,
+        "pairs": pairs,
+        "notes": _distinct(note for process in processes for note in process["notes"]),
+        "throttled": _distinct(reason for process in processes for reason in process["throttled"]),
+    }
+
+
+def judge(
+    baseline: Rounds,
+    candidate: Rounds,
+    *,
+    control: Rounds,
+    reasons: Sequence[str] = (),
+    tolerance: float = 0.05,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Speed-up of `candidate` over `baseline` with its interval, and whether to believe it.
+
+    NOISY for each of `reasons`, and when the baseline differs from its `control` by more than `tolerance`.
+    """
+    aa_ratio = _median(baseline) / _median(control)
+    reasons = list(reasons)
+    if max(aa_ratio, 1 / aa_ratio) > 1 + tolerance:
+        reasons.insert(0, f"the baseline against itself gave {aa_ratio:.3f}")
+    return {
+        "speedup": _median(baseline) / _median(candidate),
+        "interval": list(ratio_interval(baseline, candidate, seed=seed)),
+        "aa_ratio": aa_ratio,
+        "verdict": "NOISY" if reasons else "OK",
+        "reasons": reasons,
+    }
+
+
+def ratio_interval(
+    baseline: Rounds, candidate: Rounds, *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of median(baseline) / median(candidate).
+
+    Samples of one process are not independent. So rounds are drawn first, the same for both files because
+    they ran side by side, then samples within each (Davison & Hinkley, Bootstrap Methods, 1997, section 3.8).
+    """
+    rng = np.random.default_rng(seed)
+    series = [[np.asarray(samples) for samples in rounds] for rounds in (baseline, candidate)]
+    ratios = np.empty(resamples)
+    for i in range(resamples):
+        drawn = rng.integers(len(baseline), size=len(baseline))
+        base, cand = (
+            np.median(np.concatenate([rng.choice(rounds[r], size=rounds[r].size) for r in drawn])) for rounds in series
+        )
+        ratios[i] = base / cand
+    low, high = np.quantile(ratios, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def _row(processes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    first = processes[0]
+    samples_ms = np.concatenate(_samples(processes))
+    p50_ms, p90_ms, p99_ms = (float(value) for value in np.percentile(samples_ms, [50, 90, 99]))
+    return {
+        "index": first["index"],
+        "file": first["file"],
+        "kind": Path(first["file"]).stem,
+        "runtime": first["runtime"],
+        "threads": first["threads"],
+        "cores": first["cores"],
+        "p50_ms": p50_ms,
+        "p90_ms": p90_ms,
+        "p99_ms": p99_ms,
+        "min_ms": float(samples_ms.min()),
+        "max_ms": float(samples_ms.max()),
+        "spread": (p90_ms - p50_ms) / p50_ms,
+        "rounds_p50_ms": [float(np.median(round_ms)) for round_ms in _samples(processes)],
+        "fps": 1000 / p50_ms,
+        "startup_ms": float(np.median([process["startup_ms"] for process in processes])),
+        "first_ms": float(np.median([process["first_ms"] for process in processes])),
+        "peak_rss_mb": _highest(process["peak_rss_mb"] for process in processes),
+        "idle_rss_mb": _highest(process["idle_rss_mb"] for process in processes),
+        "samples": len(samples_ms),
+        "size_bytes": first["size_bytes"],
+        "sha256": first["sha256"],
+        "notes": first["notes"],
+    }
+
+
+def _clock_changes(processes: Sequence[dict[str, Any]]) -> list[str]:
+    """One file's processes must run at one clock; another file's need not (AVX-512 lowers a CPU's)."""
+    clocks = [process["mhz"] for process in processes if process["mhz"] != UNAVAILABLE]
+    if clocks and min(clocks) < 0.9 * max(clocks):
+        return [f"{processes[0]['file']} ran at {min(clocks)} to {max(clocks)} MHz"]
+    return []
+
+
+def _samples(processes: Sequence[dict[str, Any]]) -> Rounds:
+    return [process["samples_ms"] for process in processes]
+
+
+def _median(rounds: Rounds) -> float:
+    return float(np.median(np.concatenate(rounds)))
+
+
+def _highest(values: Iterable[Any]) -> float | None:
+    return max((value for value in values if value != UNAVAILABLE), default=None)
+
+
+def _distinct(texts: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(texts))
 
 
 # --------------------------------------------------------------------------------------------------- commands
 
+TIMING = ("threads", "cores", "runs", "warmup_s", "min_s")
+"""What a process of a comparison is asked for; equal for processes that may be compared."""
+
+
+def _probe(arguments: argparse.Namespace) -> dict[str, Any]:
+    return probe()
+
 
 def _time(arguments: argparse.Namespace) -> dict[str, Any]:
     before, idle_mb = conditions(), memory_mb(peak=False)
-    model = open_model(arguments.model, arguments.runtime, arguments.threads)
-    if arguments.inputs:
-        arrays = [model.feed(image) for image in _load_images(arguments.inputs)]
-    else:
-        arrays = [random_input(model.input)]
-    _say(f"{model.path.name}: {model.runtime} {model.version}, {arguments.threads} thread(s)")
-    timing = measure(model, arrays, runs=arguments.runs, warmup_s=arguments.warmup_s, min_s=arguments.min_s)
+    model, placed = _opened(arguments)
+    timing = measure(
+        model, _arrays(model, arguments.inputs), runs=arguments.runs, warmup_s=arguments.warmup_s, min_s=arguments.min_s
+    )
     peak_mb, after = memory_mb(peak=True), conditions()
     return {
         **_described(model),
+        **placed,
         "batch": 1,
         "import_ms": model.import_ms,
         "load_ms": model.load_ms,
         "startup_ms": model.import_ms + model.load_ms,
         "first_ms": timing.first_ms,
         "samples_ms": timing.samples_ms,
+        "cpu_s": timing.cpu_s,
+        "mhz": timing.mhz,
         "warmup_s": arguments.warmup_s,
         "idle_rss_mb": idle_mb,
         "peak_rss_mb": peak_mb,
@@ -594,9 +962,105 @@ def _time(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    runtimes = arguments.runtime or RUNTIMES
+    slots = schedule(arguments.files, runtimes=runtimes, rounds=arguments.rounds)
+    if not slots:
+        raise AgentError(f"no file for {', '.join(runtimes)}; export the network first")
+    for runtime in _distinct(slot.runtime for slot in slots):
+        _installed(runtime)  # before minutes are spent on another
+    hashes = [sha256(Path(file)) for file in arguments.files]
+    asked = {name: getattr(arguments, name) for name in TIMING}
+    machine = probe()
+    kept = _kept(arguments.done, asked, hashes, machine["runtimes"]) if arguments.done else {}
+    processes = []
+    for number, slot in enumerate(slots, start=1):
+        if slot not in kept:
+            file = Path(arguments.files[slot.index])
+            _say(f"process {number} of {len(slots)}: {file.name} on {slot.runtime}")
+            answer = _fresh_time(file, slot.runtime, asked, arguments.launcher)
+            processes.append({**answer, **vars(slot), "asked": asked})
+            _print({"process": processes[-1]})
+        else:
+            processes.append(kept[slot])
+    found = summary(processes, tolerance=arguments.tolerance, seed=arguments.seed)
+    notes, stopped = found.pop("notes"), found.pop("throttled")
+    reused = [vars(slot) for slot in slots if slot in kept]
+    if reused:
+        notes.append(f"{len(reused)} of {len(slots)} processes were measured in an earlier attempt")
+    settings = {
+        process["runtime"]: ", ".join(f"{key}={value}" for key, value in process["settings"].items())
+        for process in processes
+    }
+    board, cpu = machine["board"], machine["cpu"]
+    return {
+        "conditions": {
+            **machine,
+            "machine": cpu if board == UNAVAILABLE else f"{board}, {cpu}",
+            "temperature_after_c": processes[-1]["after"]["temperature_c"],
+            "settings": "; ".join(f"{runtime}: {text}" for runtime, text in settings.items()),
+            "notes": notes,
+            "throttled": stopped,
+            **{name: value for name, value in asked.items() if name != "cores"},
+            "threads": processes[-1]["threads"],
+            "cores_used": processes[-1]["cores"],
+            "rounds": arguments.rounds,
+            "batch": 1,
+            "tolerance": arguments.tolerance,
+        },
+        **found,
+        "reused": reused,
+    }
+
+
+def _kept(path: str, asked: dict[str, Any], hashes: Sequence[str], versions: dict[str, str]) -> dict[Slot, Any]:
+    """The processes of an earlier attempt that answer the same question: same files, runtimes and settings.
+
+    Lines that are something else are passed over, such as the last one of a connection that was cut.
+    """
+    found: dict[Slot, Any] = {}
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            process = json.loads(line)["process"]
+            slot = Slot(process["round"], process["runtime"], process["index"], process["control"])
+            same = process["sha256"] == hashes[slot.index] and process["version"] == versions[slot.runtime]
+            if same and process["asked"] == asked:
+                found.setdefault(slot, process)
+        except (ValueError, KeyError, IndexError, TypeError):
+            continue
+    return found
+
+
+def _fresh_time(file: Path, runtime: str, asked: dict[str, Any], launcher: list[str]) -> dict[str, Any]:
+    """What `time` answers in a process of its own; it ends when this process does (see `_end_with_reader`)."""
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in asked.items()]
+    command = [*launcher, os.path.abspath(__file__), "time", str(file), f"--runtime={runtime}", *words]
+    place = f"{file.name} on {runtime}"
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise AgentError(f"{place}: cannot start {launcher[0]}: {error.strerror}; say how with --launcher") from error
+    said = [line for line in done.stderr.splitlines() if line.strip()] or ["nothing"]
+    number = -done.returncode if done.returncode < 0 else done.returncode - 128  # a launcher's shell adds 128
+    if number in set(signal.Signals):
+        hint = "; too little memory?" if number == signal.SIGKILL else ""
+        name = signal.Signals(number).name
+        raise AgentError(f"{place}: its process was ended by {name}{hint}; it last said: {said[-1]}")
+    if done.returncode and said[-1].startswith("agent: error: "):
+        told = said[-1].removeprefix("agent: error: ")
+        raise AgentError(told.replace(str(file), file.name) if told.startswith(str(file)) else f"{place}: {told}")
+    try:
+        if not done.returncode:
+            return json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        pass
+    raise AgentError(f"{place}: its process ended with status {done.returncode}, no result; it last said: {said[-1]}")
+
+
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
-    model = open_model(arguments.model, arguments.runtime, arguments.threads)
     images = _load_images(arguments.inputs)
+    labels = _load_labels(arguments.labels, len(images)) if arguments.labels else None
+    model, placed = _opened(arguments)
     done = 0
 
     def on_image() -> None:
@@ -606,10 +1070,76 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
             _say(f"{model.path.name}: image {done} of {len(images)}")
 
     begin = time.perf_counter()
-    outputs = model.predict(images, on_image=on_image)
-    with open(arguments.outputs, "wb") as file:
-        np.save(file, outputs)
-    return {**_described(model), "images": len(images), "seconds": time.perf_counter() - begin}
+    outputs = model.answers(images, on_image=on_image)
+    seconds = time.perf_counter() - begin
+    _save(Path(arguments.outputs), outputs)
+    answer = {
+        **_described(model),
+        **placed,
+        "images": len(images),
+        "seconds": seconds,
+        "outputs_sha256": hashlib.sha256(outputs.tobytes()).hexdigest(),
+    }
+    if labels is not None:
+        answer["correct"] = correct(outputs, labels, place=str(model.path))
+    return answer
+
+
+def correct(outputs: np.ndarray, labels: np.ndarray, *, place: str = "outputs") -> int:
+    """How many images' largest output is their label's; of equal outputs the lowest index counts."""
+    chosen = outputs.argmax(-1)
+    if outputs.ndim < 2 or chosen.size != len(labels):
+        raise AgentError(f"{place}: gives {outputs.shape[1:]} per image, not one number per class")
+    return int((chosen.reshape(-1) == labels).sum())
+
+
+def _sustain(arguments: argparse.Namespace) -> dict[str, Any]:
+    model, placed = _opened(arguments)
+    (array_,) = _arrays(model, None)
+    found = sustain(
+        model,
+        array_,
+        seconds=60 * arguments.minutes,
+        every_s=arguments.every_s,
+        tolerance=arguments.tolerance,
+        on_point=lambda point: _print({"point": point}),
+    )
+    return {**_described(model), **placed, "minutes": arguments.minutes, "every_s": arguments.every_s, **found}
+
+
+def _opened(arguments: argparse.Namespace) -> tuple[Model, dict[str, Any]]:
+    """The model, and the threads and CPUs it runs on; this process is pinned to them."""
+    placed = place_process(arguments.threads, arguments.cores)  # before the runtime starts its threads
+    model = open_model(arguments.model, arguments.runtime, placed["threads"])
+    _say(f"{model.path.name}: {model.runtime} {model.version}, {placed['threads']} thread(s)")
+    return model, placed
+
+
+def place_process(threads: Any, cores: str) -> dict[str, Any]:
+    """The number of threads, and the CPUs that this process and its threads run on from now on.
+
+    `threads` auto is one for each of the fastest CPUs. `cores` auto takes the fastest ones where CPUs differ, more of
+    them for more threads, and all that are allowed where they are alike; any takes these; else numbers: 0,1.
+    """
+    pins = hasattr(os, "sched_setaffinity")
+    if cores not in ("auto", "any"):
+        if not pins:
+            raise AgentError(f"cores {cores}: {platform.system()} cannot pin a process; leave it away")
+        wanted = {int(word) for word in cores.split(",")}
+        if wanted - set(allowed_cores()):
+            raise AgentError(f"cores {cores}: allowed are {','.join(map(str, allowed_cores()))}")
+        os.sched_setaffinity(0, wanted)
+    speeds, fastest = _core_speeds(), fastest_cores()
+    if threads == "auto":
+        threads = len(fastest)
+    if cores == "auto" and pins and len(fastest) < len(speeds):
+        by_speed = sorted(speeds, key=lambda cpu: -speeds[cpu])
+        os.sched_setaffinity(0, by_speed[: max(threads, len(fastest))])
+    return {"threads": threads, "cores": allowed_cores() if pins else UNAVAILABLE}
+
+
+def _arrays(model: Model, inputs: str | None) -> list[np.ndarray]:
+    return [model.feed(image) for image in _load_images(inputs)] if inputs else [random_input(model.input)]
 
 
 def _described(model: Model) -> dict[str, Any]:
@@ -636,47 +1166,192 @@ def _described(model: Model) -> dict[str, Any]:
 
 
 def _load_images(path: str) -> np.ndarray:
-    try:
-        images = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise AgentError(f"{path}: not a .npy file of images: {_first_line(error)}") from error
-    if not isinstance(images, np.ndarray) or images.ndim < 2 or not len(images):
+    images = _load(path, "images")
+    if images.ndim < 2 or not len(images):
         raise AgentError(f"{path}: wants an array of shape (images, ...)")
     return images
+
+
+def _load_labels(path: str, images: int) -> np.ndarray:
+    labels = _load(path, "labels")
+    if labels.shape != (images,) or labels.dtype.kind not in "iu":
+        raise AgentError(f"{path}: wants one integer per image, {images} in all")
+    return labels
+
+
+def _load(path: str, what: str) -> np.ndarray:
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise AgentError(f"{path}: not a .npy file of {what}: {_first_line(error)}") from error
+    if not isinstance(found, np.ndarray):
+        raise AgentError(f"{path}: not a .npy file of {what} but an archive")
+    return found
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    """Writes all of it or nothing."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            # Not the file itself: numpy would write past Python, and a full disk would be an error without a name.
+            np.save(SimpleNamespace(write=file.write), array, allow_pickle=False)
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise AgentError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _print(answer: dict[str, Any]) -> None:
+    print(json.dumps(answer), flush=True)
 
 
 def _say(text: str) -> None:
     print(f"agent: {text}", file=sys.stderr, flush=True)
 
 
+def _end_with_reader() -> None:
+    """Ends this process as soon as nobody can read its answers: a dropped connection, a killed parent.
+
+    A board keeps no processes behind then. Nothing else is sure to end them: sshd sends no signal to a process
+    without a terminal, and one that is measuring writes nothing for minutes. Waiting costs no CPU time.
+    """
+
+    def watch() -> None:
+        poller = select.poll()
+        poller.register(1, 0)  # errors and hang-ups are reported unasked
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poller.poll()):
+            os._exit(1)
+
+    if hasattr(select, "poll"):
+        threading.Thread(target=watch, daemon=True).start()
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise AgentError(message)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="agent.py", description="Measures exported networks on this machine.")
+    parser = _Parser(prog="agent.py", description="Measures exported networks on this machine.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("probe", help="print the machine as JSON")
+    commands.add_parser("probe", help="print the machine as JSON").set_defaults(do=_probe)
     timer = commands.add_parser("time", help="print start-up, first inference and steady-state times in ms as JSON")
+    timer.set_defaults(do=_time)
+    comparer = commands.add_parser("compare", help="time files in turns, each time in a fresh process")
+    comparer.set_defaults(do=_compare)
     runner = commands.add_parser("run", help="run images through the model and write its first output")
-    for command in (timer, runner):
+    runner.set_defaults(do=_run)
+    sustainer = commands.add_parser("sustain", help="time under load that lasts")
+    sustainer.set_defaults(do=_sustain)
+
+    for command in (timer, runner, sustainer):
         command.add_argument("model")
-        command.add_argument("--runtime", default="auto", choices=("auto", *INSTALL))
-        command.add_argument("--threads", type=int, default=1)
-        command.add_argument("--inputs", required=command is runner, help="real-valued images, .npy")
-    runner.add_argument("--outputs", required=True, help="the first output's real values, .npy")
-    timer.add_argument("--runs", type=int, default=50, help="least number of samples")
-    timer.add_argument("--warmup-s", type=float, default=0.2, help="seconds before the first sample")
-    timer.add_argument("--min-s", type=float, default=0.0, help="least seconds of sampling")
+        command.add_argument("--runtime", default="auto", choices=("auto", *RUNTIMES))
+    for command in (timer, runner, sustainer, comparer):
+        command.add_argument("--threads", type=_threads, default=1, help="a number, or auto: one per fastest core")
+        command.add_argument("--cores", type=_cores, default="auto", help="auto, any, or CPU numbers: 0,1")
+    for command in (timer, comparer):
+        command.add_argument("--runs", type=_count, default=50, help="least number of samples")
+        command.add_argument("--warmup-s", type=_seconds, default=0.2, help="seconds before the first sample")
+        command.add_argument("--min-s", type=_seconds, default=0.0, help="least seconds of sampling")
+    for command, tolerance in ((comparer, 0.05), (sustainer, 0.1)):
+        command.add_argument("--tolerance", type=_seconds, default=tolerance, help="how far equal things may differ")
+    images = "images, .npy: floats are real values, the input's own integer type stored ones"
+    timer.add_argument("--inputs", help=images)
+
+    comparer.add_argument("files", nargs="+", metavar="FILE", help="the first of each runtime is the baseline")
+    comparer.add_argument("--runtime", action="append", choices=RUNTIMES, help="may be given again; default all")
+    comparer.add_argument("--rounds", type=_count, default=4, help="fresh processes per file")
+    comparer.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    comparer.add_argument("--done", help="lines that an earlier attempt printed; not measured again")
+    comparer.add_argument("--launcher", type=_launcher, default=_own_launcher(), help="JSON list: how to start Python")
+
+    runner.add_argument("--inputs", required=True, help=images)
+    runner.add_argument("--outputs", required=True, help="the first output as stored, .npy")
+    runner.add_argument("--labels", help="class numbers, .npy; counts the images that are right")
+
+    sustainer.add_argument("--minutes", type=_seconds, default=5.0)
+    sustainer.add_argument("--every-s", type=_seconds, default=5.0, help="seconds of each point")
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    chosen = _parser().parse_args(arguments)
+def _threads(text: str) -> Any:
+    return text if text == "auto" else _count(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    if not re.fullmatch(r"\d+\.?\d*(e-?\d+)?|\.\d+", text):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
+    return float(text)
+
+
+def _cores(text: str) -> str:
+    if not re.fullmatch(r"auto|any|\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text} is not auto, any or numbers like 0,1")
+    return text
+
+
+def _launcher(text: str) -> list[str]:
     try:
-        answer = probe() if chosen.command == "probe" else (_time if chosen.command == "time" else _run)(chosen)
-    except (AgentError, OSError) as error:
+        words = json.loads(text)
+    except ValueError:
+        words = None
+    if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+        raise argparse.ArgumentTypeError(f'{text} is not a JSON list of words like ["python3"]')
+    return words
+
+
+def _own_launcher() -> Any:
+    """How this Python was started, with the options that decide what it can import."""
+    options = {"isolated": "-I", "safe_path": "-P", "no_user_site": "-s", "ignore_environment": "-E", "no_site": "-S"}
+    given = [option for name, option in options.items() if getattr(sys.flags, name, False)]
+    return os.environ.get("COMPRESS_AGENT_PYTHON") or [sys.executable, *given]
+
+
+def _check_python() -> None:
+    if bits() < 64:
+        raise AgentError("this Python is 32-bit, and the runtimes need a 64-bit OS; install the board's 64-bit image")
+    if np is None:
+        raise AgentError("numpy is not installed or cannot be imported; python -m pip install numpy")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    place = "agent"
+    try:
+        chosen = _parser().parse_args(arguments)
+        place = chosen.command
+        if chosen.do is not _probe:
+            _check_python()
+        _print(chosen.do(chosen))
+    except BrokenPipeError:  # nobody listens any more; Python would complain again when it flushes
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except MemoryError:
+        _say(f"error: {place}: not enough memory")
+        return 1
+    except AgentError as error:
         _say(f"error: {_first_line(error)}")
         return 1
-    print(json.dumps(answer), flush=True)
+    except OSError as error:
+        _say(f"error: {error.filename or place}: {error.strerror or _first_line(error)}")
+        return 1
+    except Exception as error:
+        traceback.print_exc()
+        _say(f"error: {place}: {type(error).__name__}: {_first_line(error)}")
+        return 1
     return 0
 
 
 if __name__ == "__main__":
+    _end_with_reader()
     sys.exit(main())

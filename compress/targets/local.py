@@ -2,57 +2,112 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from compress.errors import TargetError
 from compress.targets import agent
+from compress.targets.machine import Lines, OnLine, last_words
 
 AGENT = Path(agent.__file__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Local:
-    python: str = sys.executable
-    timeout_s: float = 900
-    """For one process of the agent, to end a run that hangs."""
+    command: Sequence[str] = (sys.executable, "-P")
+    """Starts Python; -P keeps this folder's modules from hiding others of the same name in the agent's process."""
+    environment: Mapping[str, str] | None = None
+    """Of the agent; default this process's."""
+    name: str = "local"
+    folder: Path = field(default=Path(), init=False)
 
-    @property
-    def name(self) -> str:
-        return "local"
+    def __enter__(self) -> Self:
+        self.folder = Path(tempfile.mkdtemp(prefix="compress-"))
+        return self
 
-    def probe(self) -> dict[str, Any]:
-        return self._ask(["probe"], place="local")
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
 
-    def time(
-        self, model: Path, *, runtime: str, threads: int, runs: int, warmup_s: float, min_s: float
+    def put(self, path: Path) -> str:
+        return str(path.absolute())
+
+    def place(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def get(self, name: str, path: Path) -> None:
+        shutil.copyfile(self.folder / name, path)
+
+    def ask(
+        self, arguments: Sequence[str], *, about: str, on_line: OnLine | None = None, timeout_s: float = 900
     ) -> dict[str, Any]:
-        options = {"runtime": runtime, "threads": threads, "runs": runs, "warmup-s": warmup_s, "min-s": min_s}
-        words = [f"--{name}={value}" for name, value in options.items()]
-        return self._ask(["time", str(model), *words], place=f"{model.name} on {runtime}", model=model)
-
-    def _ask(self, arguments: Sequence[str], *, place: str, model: Path | None = None) -> dict[str, Any]:
-        """The agent's answer; TargetError with its last word when it fails or dies."""
-        # -P keeps this folder's modules from hiding others of the same name in the agent's process.
-        command = [self.python, "-P", str(AGENT), *arguments]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=self.timeout_s)
-        except subprocess.TimeoutExpired as error:
-            raise TargetError(place, f"no result within {self.timeout_s:g} s") from error
+            process = subprocess.Popen(
+                [*self.command, str(AGENT), *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                env=self.environment,
+                start_new_session=True,  # Ctrl-C is ours: the agent is ended below, with its own processes
+            )
         except OSError as error:
-            raise TargetError(place, f"cannot start {self.python}: {error.strerror}") from error
-        if done.returncode:
-            raise TargetError(place, _last_words(done).removeprefix(f"{model}: "))
-        try:
-            return json.loads(done.stdout.splitlines()[-1])
-        except (IndexError, ValueError) as error:
-            raise TargetError(place, "the agent ended without a result") from error
+            raise TargetError(about, f"cannot start {self.command[0]}: {error.strerror}") from error
+        return listen(process, about=about, on_line=on_line, timeout_s=timeout_s)
+
+
+def listen(process: subprocess.Popen[str], *, about: str, on_line: OnLine | None, timeout_s: float) -> dict[str, Any]:
+    """The result of an agent whose streams are ours; see `Machine.ask`. The process has ended when this returns."""
+    lines, errors = Lines(on_line), list[str]()
+    silent = threading.Event()
+    assert process.stdout is not None and process.stderr is not None
+    listener = threading.Thread(target=lambda stream: errors.extend(stream), args=(process.stderr,), daemon=True)
+    listener.start()
+
+    def give_up() -> None:
+        silent.set()
+        process.kill()
+
+    watch = threading.Timer(timeout_s, give_up)
+    try:
+        watch.start()
+        for text in process.stdout:
+            watch.cancel()
+            lines.take(text)
+            watch = threading.Timer(timeout_s, give_up)
+            watch.start()
+        status = process.wait()
+    finally:
+        watch.cancel()
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        listener.join(timeout=5)
+        process.stdout.close()
+        process.stderr.close()
+    if silent.is_set():
+        raise TargetError(about, f"no result within {timeout_s:g} s")
+    if status:
+        said = last_words(errors)
+        if status < 0:
+            said = f"the agent was ended by {signal.Signals(-status).name}; its last message: {said}"
+        raise TargetError(about, said)
+    return lines.result(about)
 
 
 def open_model(path: Path, runtime: str = "auto", threads: int = 1) -> agent.Model:
@@ -61,11 +116,3 @@ def open_model(path: Path, runtime: str = "auto", threads: int = 1) -> agent.Mod
         return agent.open_model(path, runtime, threads)
     except agent.AgentError as error:
         raise TargetError(path.name, str(error).removeprefix(f"{path}: ")) from error
-
-
-def _last_words(done: subprocess.CompletedProcess[str]) -> str:
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    last = lines[-1].removeprefix("agent: ").removeprefix("error: ") if lines else "no message"
-    if done.returncode < 0:
-        return f"the agent was ended by {signal.Signals(-done.returncode).name}; its last message: {last}"
-    return last

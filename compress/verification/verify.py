@@ -14,9 +14,9 @@ import torch
 from torch import fx, nn
 
 from compress.errors import CompressError, ModelError, TargetError
-from compress.product import Progress
+from compress.progress import Progress
 from compress.quantization import freeze
-from compress.targets.comparison import by_name
+from compress.targets.asking import by_name
 from compress.verification import noise
 from compress.verification.differences import (
     Pair,
@@ -84,6 +84,9 @@ class Verification:
     notes: list[str]
     problems: list[str] = field(default_factory=list)
     """Why not PASS, the most telling first."""
+    top1: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """The class of each image by file, (N,): what two runs are compared by, image by image. Not part of the report."""
+    labels_N: np.ndarray | None = None
 
     @property
     def passed(self) -> bool:
@@ -311,6 +314,8 @@ class _Verifier:
             noise=noise_found,
             notes=list(dict.fromkeys(notes)),
             problems=self._problems(agreement, static, layers),
+            top1={name: self.logits[name].argmax(1) for name in self.files},
+            labels_N=self.labels,
         )
 
     # -- outputs

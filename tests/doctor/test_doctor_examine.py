@@ -13,8 +13,8 @@ from compress import doctor, measures
 from compress.doctor.diagnosis import PTQ, hard_activations
 from compress.formats.onnx import float_onnx, int8_onnx
 from compress.formats.tflite import to_tflite
-from compress.pipeline import Silent
 from compress.product import Batch
+from compress.progress import Silent
 from compress.quantization import calibrate, fold_batchnorm, freeze, prepare
 
 IMAGES_NCHW = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -6,8 +6,8 @@ import torch
 from compress import doctor
 from compress.doctor.subject import batch_of, from_factory, from_recipe, synthetic
 from compress.errors import ModelError, RecipeError
-from compress.pipeline import Silent
 from compress.product import Preprocess
+from compress.progress import Silent
 
 NET = """
 import torch

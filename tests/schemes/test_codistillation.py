@@ -17,8 +17,8 @@ from torch.autograd import gradcheck
 
 from compress.errors import TrainingError
 from compress.losses.kd import soft_targets
-from compress.pipeline import Silent
 from compress.product import Network, Product, Run, Structure
+from compress.progress import Silent
 from compress.schemes.codistillation import Copies, due, flattened, kl_to_mean, restore
 
 ROOT = Path(__file__).parents[2]

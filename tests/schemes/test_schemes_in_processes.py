@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from conftest import PREPROCESS, SmallNet, Stripes, randomized
 from networks_taught import pruned, stage
-from compress.pipeline import Silent
+from compress.progress import Silent
 from compress.product import Network, Product, Run, Structure
 
 def digest(module):

@@ -15,8 +15,8 @@ from torch import nn
 
 from compress.errors import ModelError
 from compress.formats.tflite import read_metadata
-from compress.pipeline import Silent
 from compress.product import Network, Product
+from compress.progress import Silent
 from compress.quantization import fold_batchnorm, freeze, run_integers
 from compress.quantization.precision import precision
 from compress.stages.export import Export, by_kind, compressed, reference

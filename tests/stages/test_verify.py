@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -7,11 +8,13 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
+from compress.gate import answers
 from compress.product import Network, Product
 from compress.quantization import freeze
 from compress.stages.export import Export
 from compress.stages.quantize import Quantize
 from compress.stages.verify import Verify
+from compress.targets import open_model
 from compress.verification.differences import compare_floats, compare_steps
 
 EXPORT, VERIFY = Export(use="export"), Verify(use="verify")
@@ -50,6 +53,20 @@ def test_runtimes_agree_and_accuracy_is_the_files_own(exported, run):
     images = run.data.splits["evaluation"][0]
     expected = (exported.parent.module(images).argmax(1) == labels).float().mean().item()
     assert metrics["files"]["parent.onnx"]["accuracy"] == pytest.approx(expected)
+
+
+def test_the_class_of_every_image_and_a_sample_of_the_images_are_kept(exported, run):
+    verified = VERIFY.apply(exported, run)
+    kept = answers.from_dict(json.loads((run.folder / answers.NAME).read_text()))
+    images, labels = (array.numpy() for array in run.data.splits["evaluation"])
+    assert np.array_equal(kept.labels_N, labels)
+    assert set(kept.top1) == set(exported.files)
+    for name, path in exported.files.items():
+        assert np.array_equal(kept.top1[name], open_model(path).predict(images).argmax(1))
+        assert (kept.top1[name] == labels).mean() == pytest.approx(verified.metrics["files"][name]["accuracy"])
+    sample = np.load(run.folder / answers.SAMPLE)
+    assert np.array_equal(sample, images[list(kept.sample)])
+    assert len(sample) == answers.SAMPLE_IMAGES
 
 
 def test_stored_numbers_layers_and_sqnr_are_in_the_manifest(exported, run):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,26 +13,12 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from alone import AGENT, alone, answer
 from onnx import TensorProto, helper, numpy_helper
 
 from compress.targets import agent
 
-AGENT = Path(agent.__file__)
 MLPERF = Path(__file__).parents[3] / "shared" / "data" / "mlperf_tiny"
-
-
-def alone(folder: Path, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """A copy of the agent, run without this repository, its environment or the user's packages."""
-    copy = folder / "agent.py"
-    copy.write_bytes(AGENT.read_bytes())
-    command = [sys.executable, "-I", str(copy), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env={})
-    assert done.returncode == code, done.stderr
-    return done
-
-
-def answer(done: subprocess.CompletedProcess[str]) -> dict:
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def save(path: Path, nodes: list, inputs: dict, constants: dict[str, np.ndarray]) -> Path:

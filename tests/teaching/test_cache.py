@@ -24,8 +24,8 @@ from compress.data.loader import ImageData, Images
 from compress.data.unlabeled import NO_LABEL, WithUnlabeled
 from compress.errors import DataError
 from compress.losses.kd import soft_targets
-from compress.pipeline import Silent
 from compress.product import Batch, Network, Run
+from compress.progress import Silent
 from compress.teachers.teacher import Frozen
 from compress.teaching.cache import Cached, Remembered, asked_once, facts
 from compress.training import Fit, fit

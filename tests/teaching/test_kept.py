@@ -17,8 +17,9 @@ from compress import recipe
 from compress.data.augment import AugmentPhoto
 from compress.data.loader import ImageData, Images
 from compress.errors import DataError, RecipeError
-from compress.pipeline import Silent, run_recipe
+from compress.pipeline import run_recipe
 from compress.product import Network, Product, Run
+from compress.progress import Silent
 from compress.pruning import MacGoal, Pruning, prune_network
 from compress.stages.distill import Distill
 from compress.stages.quantize import Quantize

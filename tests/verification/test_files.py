@@ -15,7 +15,7 @@ from torch import nn
 from compress.errors import CompressError
 from compress.formats.onnx import int8_onnx
 from compress.formats.tflite import to_tflite
-from compress.pipeline import Silent
+from compress.progress import Silent
 from compress.quantization import Quantization, calibrate, freeze, prepare
 from compress.targets import agent
 from compress.verification import Tolerances, tables, verify_files

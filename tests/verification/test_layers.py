@@ -7,8 +7,8 @@ from corruption import change_onnx, change_onnx_grid, change_tflite, scaled
 from torch import nn
 
 from compress.errors import CompressError, ModelError
-from compress.pipeline import Silent
 from compress.product import Network, Product
+from compress.progress import Silent
 from compress.quantization import freeze
 from compress.stages.export import Export
 from compress.stages.quantize import Quantize

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from corruption import change_onnx, change_onnx_grid, change_tflite, flipped, scaled
 
-from compress.pipeline import Silent
+from compress.progress import Silent
 from compress.quantization import freeze
 from compress.verification import compare_facts, open_file, verify_files
 from compress.verification.facts import Facts, Grid, Parameters

@@ -1,0 +1,176 @@
+"""Instructions that one inference executes on an ARM core, counted by a plugin in the emulator; no time is involved.
+
+What is counted is one call of `Model.infer` of the agent with one thread, after three others: the runtime's kernels,
+feeding the input and fetching the outputs, and Python's share of the call. Start-up, loading and warm-up are not. The
+call lies between two marks (`inside.py`, `counter.c`); what the marks cost is counted with nothing between them and
+taken off, and what an empty Python function costs in the same place is reported as the overhead, not taken off.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.errors import TargetError
+from compress.progress import Progress
+from compress.targets import agent
+from compress.targets.emulated.debian import PLACE, cache_folder, locked
+from compress.targets.emulated.qemu import Qemu
+from compress.targets.emulated.userland import Userland
+from compress.targets.machine import last_words
+
+HERE = Path(__file__).parent
+SOURCE = HERE / "counter.c"
+INSIDE = HERE / "inside.py"
+
+WINDOWS = 3
+OTHER_THREADS = 0.05
+"""Largest part of the instructions that may run beside the counted thread before a count is refused: onnxruntime keeps
+a thread that wakes now and then (0.1 % seen on a busy machine); a split inference would have near half."""
+
+FIXED = {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+"""What would make one process differ from the next, or start threads."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Instructions that are executed one after the other, as qemu translated them."""
+
+    address: int
+    count: int
+    """How often one inference enters it."""
+    words: tuple[int, ...]
+    """The instructions' 32-bit encodings."""
+
+    @property
+    def executed(self) -> int:
+        return self.count * len(self.words)
+
+
+@dataclass(frozen=True)
+class Count:
+    instructions: int
+    """Of one inference: the median of `WINDOWS` calls."""
+    overhead_instructions: int
+    """Of these, what calling an empty Python function takes."""
+    spread_instructions: int
+    """Largest minus smallest of the calls."""
+    blocks: tuple[Block, ...]
+    """Of one inference, those that executed most first; with the marks', some 5,000 instructions."""
+    runtime: str
+    version: str
+
+
+def count(
+    userland: Userland,
+    plugin: Path,
+    path: Path,
+    cpu: str,
+    *,
+    runtime: str = "auto",
+    image: Path | None = None,
+    timeout_s: float = 900,
+) -> Count:
+    """Instructions of one inference of the file on an emulated core. `image` is an .npy of real-valued images, of which
+    the first is taken; without it the input is random and the same each time. Raises TargetError."""
+    about = f"{path.name} on {PLACE}:{cpu}"
+    words = [str(Path(agent.__file__)), str(path.absolute()), runtime, "--windows", str(WINDOWS)]
+    if image:
+        words += ["--inputs", str(image)]
+    found, windows, blocks = counted(userland, plugin, cpu, [str(INSIDE), *words], about=about, timeout_s=timeout_s)
+    if len(windows) < 3 * WINDOWS:
+        raise TargetError(about, f"{len(windows)} windows were counted, not {3 * WINDOWS}")
+    last = windows[-3 * WINDOWS :]  # those before are the warm-up's
+    marks, empty, inference = (
+        [own for own, _ in last[start : start + WINDOWS]] for start in range(0, len(last), WINDOWS)
+    )
+    beside = sum(others for _, others in last[-WINDOWS:])
+    if beside > OTHER_THREADS * sum(inference):
+        share = beside / (beside + sum(inference))
+        raise TargetError(about, f"{share:.1%} of its instructions ran in other threads", "no count of one thread")
+    cost = statistics.median(marks)
+    return Count(
+        instructions=round(statistics.median(inference) - cost),
+        overhead_instructions=round(statistics.median(empty) - cost),
+        spread_instructions=max(inference) - min(inference),
+        blocks=blocks,
+        runtime=found["runtime"],
+        version=found["version"],
+    )
+
+
+def counted(
+    userland: Userland, plugin: Path, cpu: str, arguments: Sequence[str], *, about: str, timeout_s: float = 900
+) -> tuple[dict[str, Any], list[tuple[int, int]], tuple[Block, ...]]:
+    """What a Python program prints last, its windows (own, other threads' instructions) and its blocks.
+
+    Raises TargetError about `about`.
+    """
+    with tempfile.TemporaryDirectory(prefix="compress-") as folder:
+        out = Path(folder) / "counts"
+        options = ["-plugin", f"{plugin},out={out}"]
+        command = [*userland.python(cpu, qemu_options=options), "-P", *arguments]
+        environment = {**userland.environment, **FIXED}
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout_s)
+        except subprocess.TimeoutExpired as error:
+            raise TargetError(about, f"no count within {timeout_s:g} s") from error
+        if done.returncode:
+            raise TargetError(about, last_words(done.stderr.splitlines()))
+        lines = out.read_text().splitlines() if out.exists() else []
+    if lines[-1:] != ["end"]:
+        raise TargetError(about, "the emulator's plugin wrote no counts", "is its qemu newer than this program?")
+    windows, blocks = [], []
+    for line in lines[:-1]:
+        kind, *values = line.split()
+        if kind == "window":
+            windows.append((int(values[0]), int(values[1])))
+        else:
+            text = values[2]
+            code = tuple(int(text[i : i + 8], 16) for i in range(0, len(text), 8))
+            blocks.append(Block(int(values[0], 16), int(values[1]), code))
+    blocks.sort(key=lambda block: (-block.executed, block.address))
+    return json.loads(done.stdout.splitlines()[-1]), windows, tuple(blocks)
+
+
+def plugin(qemu: Qemu, progress: Progress) -> Path:
+    """The plugin for this emulator, compiled on its first use into the cache. Raises TargetError without a compiler."""
+    key = agent.sha256(SOURCE)[:12]
+    path = cache_folder() / f"counter-{key}-{qemu.plugin_interface}.so"
+    with locked(path.with_suffix(".lock"), progress):
+        if not path.is_file():
+            partial = path.with_suffix(".partial")
+            flags = ["-O2", "-shared", "-fPIC", "-fvisibility=hidden", f"-DPLUGIN_VERSION={qemu.plugin_interface}"]
+            command = [*compiler(), *flags, "-o", str(partial), str(SOURCE)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise TargetError(
+                    SOURCE.name, f"{command[0]} does not compile it: {last_words(done.stderr.splitlines())}"
+                )
+            os.replace(partial, path)
+    return path
+
+
+def compiler() -> list[str]:
+    """argv of a C compiler for this machine: that of CC, cc, gcc, clang, or PyPI's ziglang. Raises TargetError."""
+    if named := os.environ.get("CC"):
+        return shlex.split(named)
+    for name in ("cc", "gcc", "clang"):
+        if path := shutil.which(name):
+            return [path]
+    if importlib.util.find_spec("ziglang"):
+        return [sys.executable, "-m", "ziglang", "cc"]
+    raise TargetError(
+        SOURCE.name, "no C compiler for the plugin that counts", "sudo apt-get install gcc, or pip install ziglang"
+    )

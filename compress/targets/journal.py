@@ -1,0 +1,71 @@
+"""What an interrupted comparison has measured so far, so that the next attempt goes on with it.
+
+One JSON object a line: first what is compared and on which machine, then one per process, each with its time. A
+journal of other files, options or another machine is begun anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+MACHINE = ("board", "cpu", "arch", "cores", "ram_gb", "os", "kernel", "python", "numpy", "runtimes", "agent")
+"""What tells a machine, and what is installed on it, from another; the rest of a probe changes with the hour."""
+
+
+@dataclass
+class Journal:
+    path: Path
+    asked: dict[str, Any]
+    """What is compared, and how: JSON values."""
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    """The agent's lines of the processes measured before."""
+    begun: str = ""
+    """When the first of them was measured, UTC."""
+
+    @classmethod
+    def open(cls, path: Path, asked: dict[str, Any]) -> Journal:
+        """The journal at `path`, with the lines in it if they answer `asked`; a line that was cut short is dropped."""
+        journal = cls(path, asked)
+        try:
+            texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            return journal
+        found = [value for value in map(_parsed, texts) if value is not None]
+        if found and found[0].get("asked") == json.loads(json.dumps(asked)):
+            journal.lines = [value for value in found[1:] if "process" in value]
+            journal.begun = str(journal.lines[0].get("measured", "")) if journal.lines else ""
+        return journal
+
+    def keep(self, line: dict[str, Any]) -> None:
+        """Adds a line. It is on the disk when this returns; a machine that loses power loses nothing of it."""
+        self.lines.append(line | {"measured": datetime.now(UTC).isoformat(timespec="seconds")})
+        if len(self.lines) == 1:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps({"asked": self.asked}) + "\n", encoding="utf-8")
+        self._append(self.lines[-1])
+
+    def forget(self) -> None:
+        """Removes the journal: what it holds is part of a result now."""
+        self.path.unlink(missing_ok=True)
+
+    def _append(self, value: dict[str, Any]) -> None:
+        with self.path.open("r+", encoding="utf-8") as file:
+            text = file.read()
+            if text and not text.endswith("\n"):  # the last attempt was killed in the middle of a line
+                file.write("\n")
+            file.write(json.dumps(value) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
