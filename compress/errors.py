@@ -7,6 +7,7 @@ CompressError
 ├── TrainingError    a loss that is not finite
 ├── TargetError      a machine that cannot measure
 ├── RunFolderError   a run's folder that the report cannot read (in compress.report)
+├── BaselineError    a file or folder that cannot be judged against or judged (in compress.gate)
 └── GateError        a bound of the recipe that the result does not hold (parity)
 """
 

@@ -17,6 +17,8 @@ Rounds = Sequence[Sequence[float]]
 """Samples in ms, one list per round, which is one process."""
 
 RESAMPLES = 1000
+DRAWN_AT_ONCE = 1_000_000
+"""Samples, to bound the memory."""
 NOW, APART, SELF = "timed now, in turns", "two recordings", "the baseline's own recording"
 """Where two series come from."""
 
@@ -46,14 +48,21 @@ def median_ms(rounds: Rounds) -> float:
 
 
 def resampled_medians(rounds: Rounds, *, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
-    """Medians in ms of bootstrap resamples, (resamples,)."""
+    """Medians in ms of bootstrap resamples, (resamples,): as many rounds as there are, as many samples of each."""
     rng = np.random.default_rng(seed)
-    series = [np.asarray(samples, float) for samples in rounds]
-    medians = np.empty(resamples)
-    for i in range(resamples):
-        drawn = rng.integers(len(series), size=len(series))
-        medians[i] = np.median(np.concatenate([rng.choice(series[r], size=series[r].size) for r in drawn]))
-    return medians
+    lengths = np.array([len(samples) for samples in rounds])
+    padded = np.zeros((len(rounds), lengths.max()))
+    for row, samples in zip(padded, rounds, strict=True):
+        row[: len(samples)] = samples
+    each = round(lengths.mean())
+    at_once = max(1, DRAWN_AT_ONCE // (len(rounds) * each))
+    medians = []
+    for start in range(0, resamples, at_once):
+        count = min(at_once, resamples - start)
+        drawn = rng.integers(len(rounds), size=(count, len(rounds), 1))
+        places = (rng.random((count, len(rounds), each)) * lengths[drawn]).astype(int)
+        medians.append(np.median(padded[drawn, places].reshape(count, -1), axis=1))
+    return np.concatenate(medians)
 
 
 def interval_of(values: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float]:

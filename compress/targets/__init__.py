@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from compress.errors import TargetError
-from compress.progress import Progress
 from compress.targets.asking import RUNTIMES, Comparison, Measuring, Runtime
 from compress.targets.local import Local, open_model
 from compress.targets.machine import Machine
+
+if TYPE_CHECKING:  # the image for boards, and its kin, may do without what shows progress
+    from compress.progress import Progress
 
 __all__ = [
     "NAMES",

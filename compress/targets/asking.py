@@ -109,7 +109,7 @@ def probe(machine: Machine) -> dict[str, Any]:
 def compare(
     machine: Machine,
     files: Mapping[str, Path],
-    measuring: Measuring = Measuring(),  # noqa: B008  frozen
+    measuring: Measuring = Measuring(),
     *,
     journal: Path | None = None,
     on_process: Callable[[str], None] | None = None,

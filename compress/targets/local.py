@@ -71,7 +71,8 @@ def listen(process: subprocess.Popen[str], *, about: str, on_line: OnLine | None
     """The result of an agent whose streams are ours; see `Machine.ask`. The process has ended when this returns."""
     lines, errors = Lines(on_line), list[str]()
     silent = threading.Event()
-    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
     listener = threading.Thread(target=lambda stream: errors.extend(stream), args=(process.stderr,), daemon=True)
     listener.start()
 

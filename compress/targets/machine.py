@@ -45,7 +45,7 @@ class Machine(Protocol):
     def ask(
         self, arguments: Sequence[str], *, about: str, on_line: OnLine | None = None, timeout_s: float = 900
     ) -> dict[str, Any]:
-        """The last line of `agent.py ARGUMENTS`, a JSON object; `on_line` hears those before it (`EVENTS`) as they come.
+        """The last line of `agent.py ARGUMENTS`, a JSON object; `on_line` hears those before it (`EVENTS`).
 
         Raises TargetError about `about` with the agent's last word when it fails, and when it is killed, silent for
         `timeout_s` seconds, or cut off.

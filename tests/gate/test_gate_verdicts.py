@@ -12,10 +12,11 @@ from run_folders import IMAGES, labels, network, rounds, top1, write_run
 
 from compress import gate
 from compress.errors import CompressError
+from compress.gate import timing
 from compress.gate.baseline import read_baseline, write_baseline
 from compress.gate.goals import METRICS, TYPES, Goal
 from compress.gate.record import BaselineError, File, read_run
-from compress.gate.timing import between_recordings, median_ms
+from compress.gate.timing import between_recordings, median_ms, resampled_medians
 from compress.gate.verdict import EXIT_STATUS, ORDER, judged, same_outputs, worst
 from compress.progress import Silent
 
@@ -87,6 +88,17 @@ def test_drift_widens_the_interval_and_too_much_of_it_is_noisy():
     assert off.noisy
 
 
+def test_resamples_are_of_the_rounds_samples_whatever_their_number(monkeypatch):
+    uneven = [[1.0] * 5, [2.0] * 50, [3.0] * 500]
+    found = resampled_medians(uneven, seed=0, resamples=300)
+    assert found.shape == (300,)
+    assert set(found) == {1.0, 2.0, 3.0}
+    monkeypatch.setattr(timing, "DRAWN_AT_ONCE", 1)
+    one_by_one = resampled_medians(rounds(10), seed=0)
+    monkeypatch.undo()
+    assert one_by_one.std() == pytest.approx(resampled_medians(rounds(10), seed=0).std(), rel=0.2)
+
+
 def test_the_interval_of_two_recordings_covers_the_truth():
     """Processes differ among themselves by 2 %, samples by 5 %, and the file by 7 %."""
     rng = np.random.default_rng(0)
@@ -102,7 +114,7 @@ def test_the_interval_of_two_recordings_covers_the_truth():
         low <= 1.07 <= high
         for low, high in (
             between_recordings(recording(1), recording(1.07), control=exact(), tolerance=0.05, seed=n).interval
-            for n in range(60)
+            for n in range(200)
         )
     ]
     assert np.mean(hits) >= 0.85  # eight rounds are few for a percentile bootstrap

@@ -390,7 +390,7 @@ class TestEnd:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # under nohup it would be ignored
+            preexec_fn=heeds_signals,
         )
         until(lambda: bool(python.started))
         (child,) = python.started
@@ -428,6 +428,12 @@ class TestEnd:
         assert said.splitlines()[-1].startswith(
             "agent: error: deep.onnx on onnxruntime: its process was ended by SIGKILL; too little memory?"
         )
+
+
+def heeds_signals() -> None:
+    """What nohup and a shell's `&` switch off, the children of a test have again."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def until(true: Callable[[], bool], seconds: float = 10) -> None:

@@ -150,8 +150,11 @@ def test_time_is_refused(userland, command):
 
 
 def test_the_agents_last_word_is_the_error(userland, tmp_path):
-    with Emulated("emulated", Silent(), userland) as machine, pytest.raises(TargetError, match=r"x: .*no such file"):
-        machine.ask(["run", str(tmp_path / "no.onnx"), "--inputs=a", "--outputs=b"], about="x")
+    with (
+        Emulated("emulated", Silent(), userland) as machine,
+        pytest.raises(TargetError, match=r"x: .*no\.npy.*No such file"),
+    ):
+        machine.ask(["run", "net.onnx", f"--inputs={tmp_path / 'no.npy'}", "--outputs=b"], about="x")
 
 
 # -------------------------------------------------------------------------------------------------------- examine

@@ -26,9 +26,9 @@ def parity(
 ) -> list[dict[str, Any]]:
     """Per file and CPU, how many numbers of the first output differ from those of the same runtime here.
 
-    `machines` has an entered machine for each CPU. `max_lsb` is the largest difference of integer outputs; for floats it
-    is 0 where no bit differs, else None, and `max_difference` says how far they are apart (None: one is no number). A
-    file that turns its int8 outputs into floats as its last step gives equal floats for equal integers, and no others.
+    `machines` has an entered machine for each CPU. `max_lsb` is the largest difference of integer outputs; for floats
+    it is 0 where no bit differs, else None, and `max_difference` says how far they are apart (None: one is no number).
+    A file that turns int8 outputs into floats as its last step gives equal floats for equal integers, and no others.
     Without images random ones are taken.
     """
     rows = []
