@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test test-slow clean
+.PHONY: run test test-slow test-ncnn test-image image-arm64 clean
 
 run: .venv/ready  # the main job on handwritten digits
 	$(BIN)/compress run recipes/mobilenetv2_arm.yaml
@@ -15,6 +15,16 @@ test: .venv/ready  # style, types, import layers, and the tests that take second
 
 test-slow: .venv/ready  # the tests that take minutes
 	$(BIN)/pytest -m slow
+
+test-ncnn: .venv/ready  # the tests of the extra runtime, which they install
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,ncnn]'
+	$(BIN)/pytest -m ncnn
+
+test-image: .venv/ready  # builds the board's image for linux/arm64 and runs it; wants root, or buildah and podman
+	$(BIN)/pytest -m image
+
+image-arm64:  # the board's image, built and run for linux/arm64
+	.ci/image-arm64
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -16,7 +16,7 @@ import numpy as np
 from compress.errors import CompressError
 from compress.progress import Progress
 from compress.targets import Comparison, Machine, Measuring, Runtime, asking, is_emulated, open_target
-from compress.targets.agent import SUFFIXES
+from compress.targets.agent import SUFFIXES, UNAVAILABLE
 from compress.targets.asking import RUNTIMES, Threads
 from compress.targets.cache import cache_folder
 
@@ -86,8 +86,15 @@ def _compared(
     journal = cache_folder() / "interrupted" / f"{hashlib.sha256(names.encode()).hexdigest()[:16]}.jsonl"
     with progress.steps("benchmark", len(measuring.slots(files))) as advance:
         result = asking.compare(machine, files, measuring, journal=journal, on_process=advance, on_resume=progress.note)
-    values = {"conditions": result.conditions, "rows": result.rows, "pairs": result.pairs}
-    return Found(values, [_times(result)], [*_reasons(result), *_machine_lines(result.conditions)])
+    emulated = result.conditions["emulator"] != UNAVAILABLE
+    rows = [row | {"fps": None} for row in result.rows] if emulated else result.rows
+    values = {"conditions": result.conditions, "rows": rows, "pairs": result.pairs}
+    table = _times(result)
+    if emulated:  # an emulator's times, which nobody should take for a board's
+        table = [
+            {key.replace(" ms", " emulated ms"): cell for key, cell in row.items() if key != "fps"} for row in table
+        ]
+    return Found(values, [table], [*_reasons(result), *_machine_lines(result.conditions)])
 
 
 def _times(result: Comparison) -> Table:
@@ -129,9 +136,14 @@ def _machine_lines(found: Mapping[str, Any]) -> list[str]:
     runtimes = ", ".join(f"{name} {version}" for name, version in found["runtimes"].items())
     return [
         *(f"note: {note}" for note in found["notes"]),
+        *([_not_a_board(found)] if found["emulator"] != UNAVAILABLE else []),
         f"measured on {found['machine']} ({found['arch']}), {found['os']}, kernel {found['kernel']}",
         f"{runtimes}; {', '.join(part for part in state if part)}",
     ]
+
+
+def _not_a_board(found: Mapping[str, Any]) -> str:
+    return f"timed under {found['emulator']}, which emulates {found['cpu']}: this is not ARM fps"
 
 
 def _sustained(
@@ -167,7 +179,8 @@ def _sustained(
                 "why": "; ".join(found["throttled"]),
             }
         )
-    return Found(values, [table])
+    conditions = values["conditions"]
+    return Found(values, [table], [_not_a_board(conditions)] if conditions["emulator"] != UNAVAILABLE else [])
 
 
 def _counted(asked: Asked, files: Mapping[str, Path], progress: Progress) -> Found:

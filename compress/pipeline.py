@@ -76,10 +76,10 @@ def run_recipe(
 ) -> Outcome:
     """Runs every stage that is not already in `folder`, in order.
 
-    Relative paths of the recipe start at `base`; `setup` allows an environment of ours on a board. Raises CompressError;
-    a stage that fails leaves no folder behind, and the stages before it stay. A stage whose verdict is FAIL is kept for
-    the report, ends the run with a GateError, and runs again next time. A control that cannot be finished is a
-    GateError as well: the run itself is complete.
+    Relative paths of the recipe start at `base`; `setup` allows an environment of ours on a board.
+    Raises CompressError; a stage that fails leaves no folder behind, and the stages before it stay. A stage whose
+    verdict is FAIL is kept for the report, ends the run with a GateError, and runs again next time. A control that
+    cannot be finished is a GateError as well: the run itself is complete.
     """
     with processes.joined() as (rank, world_size):
         notes = Notes(progress if rank == 0 else Silent())

@@ -6,8 +6,10 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import platform
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
@@ -151,7 +153,8 @@ def test_where_there_is_docker_buildx_builds(bare: dict[str, str]) -> None:
     assert done.stdout.splitlines() == ["25.5MB COPY", "localhost/compress:runtime-arm64: 175.0 MB"]
     asked = (Path(bare["HOME"]) / "asked").read_text().splitlines()
     (built,) = [line for line in asked if line.startswith("buildx build")]
-    assert "--platform linux/arm64 --target runtime" in built
+    assert "--platform linux/arm64" in built
+    assert "--target runtime --tag localhost/compress:runtime-arm64" in built
     assert built.endswith("--load .")
     assert {"secret id=pip_conf", "secret id=pip_cert"} <= set(asked)
     assert any(line.startswith("run --rm --network none --platform linux/arm64") for line in asked)
@@ -205,6 +208,13 @@ def unpacked(built: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[t
     archive.unlink()
 
 
+def load_alignment(elf: bytes) -> int:
+    """The smallest alignment, in bytes, of what a 64-bit ELF file has loaded (its PT_LOAD headers)."""
+    start, size, count = struct.unpack_from("<Q", elf, 32) + struct.unpack_from("<HH", elf, 54)
+    headers = [struct.unpack_from("<II6Q", elf, start + size * index) for index in range(count)]
+    return min(header[7] for header in headers if header[0] == 1)
+
+
 @pytest.mark.image
 class TestImage:
     def test_is_for_arm64_and_not_for_root(self, unpacked) -> None:
@@ -216,7 +226,7 @@ class TestImage:
 
     def test_is_small_all_arm_and_holds_neither_torch_nor_settings_of_this_machine(self, unpacked) -> None:
         config, archive = unpacked
-        size, names, machines = 0, set(), set()
+        size, names, machines, coarsest = 0, set(), set(), []
         with tarfile.open(archive) as tar:
             for layer in config["layers"]:
                 with tarfile.open(fileobj=tar.extractfile(layer)) as files:
@@ -225,11 +235,13 @@ class TestImage:
                         names.add(member.name.lstrip("./"))
                         assert not (member.isfile() and member.mode & 0o6000), f"{member.name} changes who runs it"
                         if member.isfile() and member.size > 20:
-                            head = files.extractfile(member).read(20)
-                            if head.startswith(b"\x7fELF"):
-                                machines.add(int.from_bytes(head[18:20], "little"))
+                            binary = files.extractfile(member).read()
+                            if binary.startswith(b"\x7fELF"):
+                                machines.add(int.from_bytes(binary[18:20], "little"))
+                                coarsest.append((load_alignment(binary), member.name))
         assert 50 < size / 1e6 <= LIMIT_MB
         assert machines == {183}, "EM_AARCH64, in elf.h"
+        assert min(coarsest)[0] >= 16384, f"{min(coarsest)}: a Raspberry Pi 5 has pages of 16 KiB"
         packages = {name[len(IN_IMAGE) :].split("/")[0] for name in names if name.startswith(IN_IMAGE[1:] + "/")}
         assert {"numpy", "onnxruntime", "ai_edge_litert", "compress"} <= packages
         assert not {"torch", "onnx", "matplotlib"} & packages
@@ -258,6 +270,9 @@ class TestImage:
             ("int8.tflite", "litert"),
         }
         assert all(row["p50_ms"] > 0 for row in measured["rows"])
+        if platform.machine() != "aarch64":
+            assert measured["conditions"]["emulator"] != "unavailable", "qemu is seen"
+            assert all(row["fps"] is None for row in measured["rows"]), "an emulator's time is no ARM fps"
         assert measured["conditions"]["arch"] == "aarch64"
 
     @pytest.mark.parametrize("name", ["int8.onnx", "int8.tflite"])

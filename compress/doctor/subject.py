@@ -109,7 +109,8 @@ def from_recipe(path: Path, overrides: Sequence[str], progress: Progress, *, bas
         images_NCHW=images_NCHW,
         images=images,
         stage=stage or PTQ,
-        formats=tuple(dict.fromkeys(f for export in exports for f in export.formats)) or ("onnx", "tflite"),
+        formats=tuple(dict.fromkeys(f for export in exports for f in export.formats if f != "ncnn"))
+        or ("onnx", "tflite"),
         measure=recipe.target == "local",
         notes=tuple(notes),
     )

@@ -12,7 +12,7 @@ NOT_MEASURED = "not measured"
 SIMULATED = "simulated"
 """In place of size and latency of a network that no runtime here executes."""
 
-RUNTIMES = {"onnxruntime": "ONNX Runtime", "litert": "LiteRT"}
+RUNTIMES = {"onnxruntime": "ONNX Runtime", "litert": "LiteRT", "ncnn": "ncnn"}
 
 KINDS = {"float16": "float16 weights", "int8_weights": "int8 weights"}
 """Kinds of files whose name is not all that is to say; they compute in float32."""

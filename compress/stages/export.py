@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from compress.errors import ModelError
 from compress.formats.metadata import metadata
+from compress.formats.ncnn import require_ncnn, to_ncnn
 from compress.formats.onnx import float_onnx, int8_onnx
 from compress.formats.tflite import to_tflite
 from compress.formats.weight_only import float16_weights, int8_weights, multiplied, rounded
@@ -24,12 +25,15 @@ from compress.quantization import fold_batchnorm, freeze
 from compress.quantization.precision import simulated
 from compress.settings import Settings
 
-Format = Literal["onnx", "tflite"]
+Format = Literal["onnx", "tflite", "ncnn"]
 Kind = Literal["parent", "float", "float16", "int8_weights", "int8"]
 """Stems of exported files: `int8.tflite`."""
 
 KINDS: tuple[Kind, ...] = ("parent", "float", "float16", "int8_weights", "int8")
 """The baseline first, then the more compressed the later."""
+
+NCNN_KINDS: tuple[Kind, ...] = ("parent", "float")
+NCNN_ONLY = "ncnn files are written for parent and float only: ncnn cannot hold the other kinds as they were trained"
 
 WEIGHT_ONLY: dict[str, Callable[[onnx.ModelProto], onnx.ModelProto]] = {
     "float16": float16_weights,
@@ -45,13 +49,18 @@ class Export(Settings):
 
     use: Literal["export"]
     formats: tuple[Format, ...] = Field(default=("onnx", "tflite"), min_length=1)
+    """`ncnn` needs `compress[ncnn]` and is written for `parent` and `float`: it cannot hold the others as trained."""
     kinds: tuple[Kind, ...] | None = Field(default=None, min_length=1)
     """Default: `parent`, `float` and `int8` where there are such networks. `float16` and `int8_weights` store the
     compressed float network's weights in 16 or 8 bits and compute in float32."""
 
     def check(self, module: nn.Module, preprocess: Preprocess) -> None:
         """Raises ModelError naming the operator that a format does not have; costs seconds, not training."""
+        if "ncnn" in self.formats:
+            require_ncnn()
         model = _float(module, preprocess.size, {})
+        if "ncnn" in self.formats:
+            to_ncnn(model, {})
         if "tflite" in self.formats:
             for make in (_unchanged, *(WEIGHT_ONLY[kind] for kind in self.kinds or () if kind in WEIGHT_ONLY)):
                 to_tflite(make(model), {})
@@ -60,7 +69,12 @@ class Export(Settings):
         networks = self._networks(product, run)
         models: dict[int, onnx.ModelProto] = {}  # as float ONNX: three kinds may share one network
         files: dict[str, Path] = {}
-        with run.progress.steps("export", len(networks) * len(self.formats)) as advance:
+        formats = {kind: [f for f in self.formats if f != "ncnn" or kind in NCNN_KINDS] for kind in networks}
+        if not any(formats.values()):
+            raise ModelError(f"stage {run.stage or self.use}", NCNN_ONLY, "add onnx or tflite to `formats`")
+        if any(len(found) < len(self.formats) for found in formats.values()):
+            run.progress.note(NCNN_ONLY)
+        with run.progress.steps("export", sum(map(len, formats.values()))) as advance:
             for kind, network in networks.items():
                 about = partial(
                     metadata,
@@ -75,10 +89,12 @@ class Export(Settings):
                     if id(network) not in models:
                         models[id(network)] = to_onnx(network, {})
                     model = WEIGHT_ONLY.get(kind, _unchanged)(models[id(network)])
-                for file_format in self.formats:
+                for file_format in formats[kind]:
                     path = run.folder / f"{kind}.{file_format}"
                     if file_format == "onnx":
                         content = _onnx_file(model, about(layout="NCHW"), kind)
+                    elif file_format == "ncnn":
+                        content = to_ncnn(model, about(layout="NCHW"))
                     else:
                         content = to_tflite(model, about(layout="NHWC"))
                     path.write_bytes(content)

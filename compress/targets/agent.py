@@ -9,8 +9,8 @@
     python agent.py sustain MODEL [--minutes 5] [--every-s 5]
 
 Each command prints JSON objects, one per line of its standard output, the result last. Progress and errors go to
-standard error, `agent: error: ...` last, with exit status 1. It needs Python 3.9, numpy, and onnxruntime or
-ai-edge-litert (or tflite-runtime); nothing of `compress`. `probe` needs Python alone.
+standard error, `agent: error: ...` last, with exit status 1. It needs Python 3.9, numpy, and onnxruntime,
+ai-edge-litert (or tflite-runtime) or ncnn; nothing of `compress`. `probe` needs Python alone.
 
 `compare` starts Python again for every process that it measures: as `--launcher` or COMPRESS_AGENT_PYTHON says (a JSON
 list of words), else as `sys.executable`.
@@ -36,9 +36,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
+import zipfile
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -56,15 +58,16 @@ UNAVAILABLE = "unavailable"
 ROOT = Path("/")
 """Where proc, sys and etc lie; tests put a board's files elsewhere."""
 
-SUFFIXES = {".onnx": "onnxruntime", ".ort": "onnxruntime", ".tflite": "litert"}
+SUFFIXES = {".onnx": "onnxruntime", ".ort": "onnxruntime", ".tflite": "litert", ".ncnn": "ncnn"}
 """Which runtime reads which file."""
 
-PACKAGES = {"onnxruntime": ("onnxruntime",), "litert": ("ai_edge_litert", "tflite_runtime")}
+PACKAGES = {"onnxruntime": ("onnxruntime",), "litert": ("ai_edge_litert", "tflite_runtime"), "ncnn": ("ncnn",)}
 """What provides a runtime, best first."""
 
 INSTALL = {
     "onnxruntime": "python -m pip install onnxruntime",
     "litert": "python -m pip install ai-edge-litert",
+    "ncnn": "python -m pip install ncnn",
 }
 
 RUNTIMES = tuple(INSTALL)
@@ -119,7 +122,7 @@ class Model:
 
     path: Path
     runtime: str
-    """onnxruntime or litert."""
+    """onnxruntime, litert or ncnn."""
     version: str
     """Of the runtime's package."""
     input: TensorSpec
@@ -182,7 +185,8 @@ def open_model(path: str | Path, runtime: str = "auto", threads: int = 1) -> Mod
         raise AgentError(f"{path}: no such file")
     if threads < 1:
         raise AgentError(f"threads: {threads} is less than 1")
-    model = (_open_onnxruntime if runtime == "onnxruntime" else _open_litert)(path, threads)
+    openers = {"onnxruntime": _open_onnxruntime, "litert": _open_litert, "ncnn": _open_ncnn}
+    model = openers[runtime](path, threads)
     if -1 in model.input.shape:
         raise AgentError(f"{path}: its input has an open size {model.input.shape}; export it with a fixed one")
     if model.input.dtype.kind not in "fiu":
@@ -295,6 +299,61 @@ def _open_litert(path: Path, threads: int) -> Model:
     )
 
 
+NCNN_HALF_FLOATS = ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic", "use_bf16_storage")
+"""ncnn's default where a CPU has them; then it computes another network than the one that was verified."""
+
+
+def _open_ncnn(path: Path, threads: int) -> Model:
+    """A zip archive of `network.param`, `network.bin` and `compress.json`, which has the shapes of `in0` and `out0`."""
+    begin = time.perf_counter()
+    ncnn = _imported(_installed("ncnn"))
+    imported = time.perf_counter()
+
+    net = ncnn.Net()
+    net.opt.num_threads = threads
+    for name in NCNN_HALF_FLOATS:
+        setattr(net.opt, name, False)
+    try:
+        with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
+            about = json.loads(archive.read("compress.json"))
+            source, sink = (
+                TensorSpec(about[key]["name"], _shape(path, key, about[key]["shape"]), np.dtype(np.float32))
+                for key in ("input", "output")
+            )
+            lines = archive.read("network.param").decode().splitlines()
+            unknown = [line.split()[0] for line in lines[2:] if ncnn.layer_to_index(line.split()[0]) < 0]
+            if unknown:  # ncnn would say so itself, but on a standard error that is not Python's
+                raise AgentError(f"{path}: ncnn {ncnn.__version__} has no layer {unknown[0]}")
+            param, weights = (archive.extract(part, folder) for part in ("network.param", "network.bin"))
+            if net.load_param(param) or net.load_model(weights):
+                raise AgentError(f"{path}: ncnn cannot open it: its layers or weights are damaged")
+    except (zipfile.BadZipFile, KeyError, IndexError, TypeError, ValueError, OSError) as error:
+        raise AgentError(f"{path}: is no ncnn file of compress: {_first_line(error)}") from error
+    loaded = time.perf_counter()
+
+    def infer(array: np.ndarray) -> list[np.ndarray]:
+        extractor = net.create_extractor()
+        image = np.ascontiguousarray(array[0])  # ncnn has no batch axis, and reads this memory where it is
+        status = extractor.input(source.name, ncnn.Mat(image))
+        if not status:
+            status, answer = extractor.extract(sink.name)
+        if status:
+            raise AgentError(f"{path}: ncnn cannot run it (status {status})")
+        return [np.array(answer)[None]]
+
+    return Model(
+        path=path,
+        runtime="ncnn",
+        version=ncnn.__version__,
+        input=source,
+        outputs=(sink,),
+        infer=infer,
+        settings={"threads": threads, "half_floats": False},
+        import_ms=1e3 * (imported - begin),
+        load_ms=1e3 * (loaded - imported),
+    )
+
+
 def saturates() -> bool:
     """Whether onnxruntime's u8 x s8 kernels may compute wrong numbers here: x86 without VNNI.
 
@@ -380,6 +439,7 @@ def probe() -> dict[str, Any]:
         "machine": platform.machine() or UNAVAILABLE,
         "bits": bits(),
         "is_arm": platform.machine().lower().startswith(("aarch64", "arm")),
+        "emulator": emulator(),
         "features": [name for name in FEATURES if name in flags] or UNAVAILABLE,
         "cores": os.cpu_count() or UNAVAILABLE,
         "cores_allowed": len(allowed_cores()),
@@ -397,9 +457,22 @@ def probe() -> dict[str, Any]:
         "runtimes": {
             "onnxruntime": _version_of("onnxruntime") or UNAVAILABLE,
             "litert": _litert_version() or UNAVAILABLE,
+            "ncnn": _version_of("ncnn") or UNAVAILABLE,
         },
         **conditions(),
     }
+
+
+def emulator() -> str:
+    """What runs this process in place of a CPU, such as `qemu-aarch64`; "unavailable" where nothing is seen of it.
+
+    qemu hides its own file in /proc/self/maps, in 7.2 not in smaps. Times that it takes say nothing of a board.
+    """
+    own, mapped = _read("/proc/self/comm") or "", _read("/proc/self/smaps") or ""
+    names = (
+        [own] if own.startswith("qemu-") else re.findall(r"/(qemu-[\w.-]+|[\w-]+-binfmt-[A-Z]+)$", mapped, re.MULTILINE)
+    )
+    return names[0] if names else "qemu" if "QEMU_CPU" in os.environ else UNAVAILABLE
 
 
 def bits() -> int:

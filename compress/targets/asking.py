@@ -19,8 +19,9 @@ from compress.targets.journal import MACHINE, Journal
 from compress.targets.local import open_model
 from compress.targets.machine import Machine, OnLine
 
-Runtime = Literal["onnxruntime", "litert"]
+Runtime = Literal["onnxruntime", "litert", "ncnn"]
 RUNTIMES: tuple[Runtime, ...] = ("onnxruntime", "litert")
+"""What every installation has; ncnn is measured where it is named."""
 Threads = int | Literal["auto"]
 """`auto`: as many as the fastest cluster of cores has."""
 
@@ -164,8 +165,9 @@ def compare(
             about=f"benchmark on {machine.name}",
             on_line=measured,
         )
-    order = {(slot.round, slot.runtime, slot.index, slot.control): place for place, slot in enumerate(slots)}
-    processes.sort(key=lambda p: order[(p["round"], p["runtime"], p["index"], p["control"])])
+    # A line of the journal that the agent did not take, for another version of the runtime, has come a second time.
+    by_slot = {(p["round"], p["runtime"], p["index"], p["control"]): p for p in processes}
+    processes = [by_slot[slot.round, slot.runtime, slot.index, slot.control] for slot in slots]
     rows = [{**row, "file": names[row["index"]], "kind": Path(names[row["index"]]).stem} for row in found["rows"]]
     pairs = [
         {**pair, "baseline": names[pair["baseline_index"]], "candidate": names[pair["candidate_index"]]}

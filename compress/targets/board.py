@@ -47,9 +47,9 @@ RECENT_S = 3600
 BLOCK = 1 << 16
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-PACKAGES = {"onnxruntime": ("onnxruntime",), "litert": ("ai_edge_litert", "tflite_runtime")}
+PACKAGES = {"onnxruntime": ("onnxruntime",), "litert": ("ai_edge_litert", "tflite_runtime"), "ncnn": ("ncnn",)}
 """Modules that provide a runtime, as in `agent.py`."""
-INSTALL = {"onnxruntime": "onnxruntime", "litert": "ai-edge-litert"}
+INSTALL = {"onnxruntime": "onnxruntime", "litert": "ai-edge-litert", "ncnn": "ncnn"}
 
 PIP = (
     *("-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar=off"),

@@ -337,11 +337,10 @@ class Connection:
     def _dropped(self, about: str) -> TargetError:
         self.owed = 0
         status, errors = self._ended()
-        last = f": {errors[-1]}" if errors else ""
+        last = f": {errors[-1].rstrip('.')}" if errors else ""
         if status == 255 or status < 0:
-            return TargetError(
-                about, f"the connection dropped{last}", "the same command goes on from what was measured"
-            )
+            problem = f"the connection to {self.address.host} dropped{last}"
+            return TargetError(about, problem, "the same command goes on from what was measured")
         way_out = f"does `ssh {self.address.shown} python3 -V` work?"
         return TargetError(about, f"Python on the board ended with status {status}{last}", way_out)
 
@@ -385,7 +384,7 @@ class Connection:
         for pattern, (problem, way_out) in reasons.items():
             if found := re.search(f"^.*(?:{pattern}).*$", text, re.MULTILINE):
                 return TargetError(self.name, f"{problem} ({_one_line(found.group(0))})", way_out)
-        said = f": {_one_line(errors[-1])}" if errors else ""
+        said = f": {_one_line(errors[-1]).rstrip('.')}" if errors else ""
         return TargetError(self.name, f"ssh cannot connect{said}", f"does `ssh {shown} uname` work?")
 
     def _refused(self, error: Message, about: str) -> TargetError:

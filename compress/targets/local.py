@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -70,27 +70,34 @@ class Local:
 def listen(process: subprocess.Popen[str], *, about: str, on_line: OnLine | None, timeout_s: float) -> dict[str, Any]:
     """The result of an agent whose streams are ours; see `Machine.ask`. The process has ended when this returns."""
     lines, errors = Lines(on_line), list[str]()
-    silent = threading.Event()
+    silent, heard = threading.Event(), threading.Event()
     assert process.stdout is not None
     assert process.stderr is not None
-    listener = threading.Thread(target=lambda stream: errors.extend(stream), args=(process.stderr,), daemon=True)
-    listener.start()
 
-    def give_up() -> None:
+    def listen_to_errors(stream: Iterable[str]) -> None:
+        for text in stream:
+            heard.set()
+            errors.append(text)
+
+    def watch() -> None:
+        """Ends an agent that has said nothing on either stream for too long."""
+        while heard.wait(timeout_s):
+            heard.clear()
+            if process.poll() is not None:
+                return
         silent.set()
         process.kill()
 
-    watch = threading.Timer(timeout_s, give_up)
+    threads = [threading.Thread(target=listen_to_errors, args=(process.stderr,)), threading.Thread(target=watch)]
+    for thread in threads:
+        thread.daemon = True
+        thread.start()
     try:
-        watch.start()
         for text in process.stdout:
-            watch.cancel()
+            heard.set()
             lines.take(text)
-            watch = threading.Timer(timeout_s, give_up)
-            watch.start()
         status = process.wait()
     finally:
-        watch.cancel()
         if process.poll() is None:
             process.terminate()
             try:
@@ -98,7 +105,9 @@ def listen(process: subprocess.Popen[str], *, about: str, on_line: OnLine | None
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        listener.join(timeout=5)
+        heard.set()
+        for thread in threads:
+            thread.join(timeout=5)
         process.stdout.close()
         process.stderr.close()
     if silent.is_set():

@@ -14,6 +14,7 @@ from compress.data.folder import Tree, decode, open_tree
 from compress.data.pixels import pixels
 from compress.errors import DataError
 from compress.product import Data, Preprocess
+from compress.verification.ncnn_file import NcnnFile
 from compress.verification.onnx_file import OnnxFile
 from compress.verification.tflite_file import TFLiteFile
 
@@ -65,7 +66,7 @@ def of_split(data: Data, limit: int | None = None) -> Inputs:
 
 
 def for_files(
-    files: Sequence[OnnxFile | TFLiteFile], images: Path | None, limit: int | None, seed: int, outputs: int
+    files: Sequence[OnnxFile | TFLiteFile | NcnnFile], images: Path | None, limit: int | None, seed: int, outputs: int
 ) -> Inputs:
     """The user's images as the files want them, or synthetic ones. Raises DataError for images that do not fit."""
     shape = channels_first(files[0].model.input.shape[1:])
@@ -166,7 +167,7 @@ def _labels(
     return np.array([places[name.split("/")[depth]] for name in names], np.int64), guessed
 
 
-def _preprocess(files: Sequence[OnnxFile | TFLiteFile], shape: tuple[int, ...]) -> tuple[Preprocess, str]:
+def _preprocess(files: Sequence[OnnxFile | TFLiteFile | NcnnFile], shape: tuple[int, ...]) -> tuple[Preprocess, str]:
     """From pixels to real numbers: as the files say, else over the range of an input grid, else 0 to 1."""
     size = shape[-1] if len(shape) == 3 and shape[1] == shape[2] and shape[1] >= 8 else 8
     for file in files:

@@ -31,12 +31,15 @@ from compress.verification.differences import (
 from compress.verification.facts import Comparison, Facts, Grid, compare_facts, merged, short
 from compress.verification.inputs import Inputs, for_files
 from compress.verification.layers import LayerComparison, compare_layers
+from compress.verification.ncnn_file import NcnnFile
 from compress.verification.onnx_file import OnnxFile
 from compress.verification.tflite_file import TFLiteFile
 from compress.verification.torch_network import FROZEN, TRAINED, FrozenNetwork, UnroundedNetwork
 from compress.verification.twin import float_twin
 
-File = OnnxFile | TFLiteFile
+Inspected = OnnxFile | TFLiteFile
+"""Files whose insides can be compared."""
+File = Inspected | NcnnFile
 Predict = Callable[[np.ndarray], np.ndarray]
 """Logits (N, ...) of images (N, 3, H, W)."""
 
@@ -124,8 +127,8 @@ class Verification:
 
 def open_file(path: Path, *, name: str = "", threads: int = 1) -> File:
     """The file, checked and ready to run. Raises CompressError for one that no runtime opens."""
-    opener = TFLiteFile if path.suffix == ".tflite" else OnnxFile
-    return opener(path, name=name, threads=threads)
+    openers: dict[str, type[File]] = {".tflite": TFLiteFile, ".ncnn": NcnnFile}
+    return openers.get(path.suffix, OnnxFile)(path, name=name, threads=threads)
 
 
 def verify_files(
@@ -150,6 +153,11 @@ def verify_files(
     kinds: dict[str, list[str]] = {}
     for name, file in files.items():
         kinds.setdefault(file.metadata.get("compress.kind") or file.storage, []).append(name)
+    for names in kinds.values():
+        if len(names) == 1 and isinstance(files[names[0]], NcnnFile):
+            raise ModelError(
+                names[0], "nothing to compare it with", "give the .onnx or .tflite of the same kind as well"
+            )
     return _Verifier(files, kinds, inputs, tolerances or Tolerances(), progress).verify()
 
 
@@ -186,7 +194,10 @@ def _opened(files: Mapping[str, Path], threads: int, frozen: FrozenNetwork | Non
             refused = refused or (name, path, error)
     if refused is not None:
         facts = [] if frozen is None else [frozen.facts]
-        raise _refusal(*refused, [*facts, *(file.facts for file in opened.values() if file.quantized)])
+        raise _refusal(
+            *refused,
+            [*facts, *(file.facts for file in opened.values() if not isinstance(file, NcnnFile) and file.quantized)],
+        )
     _one_network(opened)
     return opened
 
@@ -223,7 +234,7 @@ def _one_network(files: Mapping[str, File]) -> None:
 class _Plainer:
     """The same file in plainer arithmetic: the only partner that a lone file has."""
 
-    def __init__(self, file: File, tolerance_lsb: int) -> None:
+    def __init__(self, file: Inspected, tolerance_lsb: int) -> None:
         self.file = file
         # Without optimization, ONNX Runtime computes in float between the grids: no more than a rounding off.
         self.tolerance_lsb = max(tolerance_lsb, REFERENCE_LSB) if isinstance(file, TFLiteFile) else tolerance_lsb
@@ -259,9 +270,10 @@ class _Verifier:
         self.files, self.kinds, self.inputs, self.tolerances = files, kinds, inputs, tolerances
         self.progress, self.references = progress, references
         self.prepared, self.frozen = prepared, frozen
+        self.inspected = {name: file for name, file in files.items() if not isinstance(file, NcnnFile)}
         self.int8 = [name for name, file in files.items() if file.quantized]
         self.lone = {
-            names[0]: _Plainer(files[names[0]], tolerances.layer_lsb)
+            names[0]: _Plainer(self.inspected[names[0]], tolerances.layer_lsb)
             for names in kinds.values()
             if len(names) == 1 and references is None
         }
@@ -445,7 +457,8 @@ class _Verifier:
     def _static(self) -> Comparison | None:
         found = []
         for files in self.kinds.values():
-            stored = [self.files[name].facts for name in files if self.files[name].storage in ("int8", "int8_weights")]
+            inspected = [self.inspected[name] for name in files if name in self.inspected]
+            stored = [file.facts for file in inspected if file.storage in ("int8", "int8_weights")]
             if stored and self.frozen is not None and any(name in self.int8 for name in files):
                 stored = [self.frozen.facts, *stored]
             if stored:
@@ -471,7 +484,9 @@ class _Verifier:
             for name in others:
                 try:
                     known = base.steps(images) if known is None else known
-                    found.append(compare_layers(base, self.files[name], images, tolerance_lsb=tolerance, known=known))
+                    found.append(
+                        compare_layers(base, self.inspected[name], images, tolerance_lsb=tolerance, known=known)
+                    )
                 except ModelError as error:
                     notes.append(f"{name}: layers are not compared: {error.problem}")
                 advance(name)
@@ -546,9 +561,9 @@ class _Verifier:
         images = self.inputs.pick(range(min(NOISE_IMAGES, self.inputs.count)))
         if self.frozen is not None and self.prepared is not None:
             unrounded = UnroundedNetwork(self.prepared, self.frozen.frozen)
-            return noise.measure(unrounded, self.files[self.int8[0]], images)
-        rounded = self.files[self.int8[0]]
-        partners = [file for name, file in self.files.items() if name not in self.int8 and file.storage == "float"]
+            return noise.measure(unrounded, self.inspected[self.int8[0]], images)
+        rounded = self.inspected[self.int8[0]]
+        partners = [file for name, file in self.inspected.items() if name not in self.int8 and file.storage == "float"]
         tensors = list(rounded.grids)
         matching = {file.name: len(noise.pairs(file, rounded, tensors)) for file in partners}
         partners.sort(key=lambda file: (-matching[file.name], file.path.suffix))

@@ -48,8 +48,8 @@ mount --bind {folder}/passwd /etc/passwd
 mount -t proc proc /proc
 exec /usr/sbin/sshd -D -e -f {folder}/sshd_config
 """
-"""sshd wants every folder above the chroot to be root's alone; a test's folder lies below /tmp. /sys is needed: without it
-LiteRT's int8 outputs are others (20 of 200 differed, by 1)."""
+"""sshd wants every folder above the chroot to be root's alone; a test's folder lies below /tmp. /sys is needed: without
+it LiteRT's int8 outputs are others (20 of 200 differed, by 1)."""
 
 
 class DebianBoard:

@@ -15,7 +15,7 @@ from compress.errors import TargetError
 from compress.progress import Silent
 from compress.targets import agent, asking, open_target
 from compress.targets.agent import UNAVAILABLE
-from compress.targets.emulated import Emulated, cycles, examine, parse
+from compress.targets.emulated import Emulated, counting, cycles, examine, parse
 from compress.targets.emulated.cores import CORES, cpuinfo
 from compress.targets.emulated.parity import compared
 from compress.targets.emulated.userland import look, ready, trap
@@ -258,6 +258,17 @@ def test_without_llvm_mca_cycles_are_unavailable(int8, monkeypatch):
     assert row["instructions"] > 10_000
     assert "apt-get install" in answer["conditions"]["statement"]
     assert answer["parity"][0]["images"] == 4
+
+
+def test_without_a_plugin_there_is_parity_and_no_count(int8, monkeypatch):
+    def missing(qemu, progress):
+        raise TargetError("emulated", "qemu 10.0.2 without plugins")
+
+    monkeypatch.setattr(counting, "plugin", missing)
+    answer = examine({"int8.onnx": int8["int8.onnx"]}, None, cpus=["cortex-a76"], progress=Silent())
+    assert answer["counts"] == []
+    assert [row["differing"] for row in answer["parity"]] == [0]
+    assert "No instructions are counted: emulated: qemu 10.0.2 without plugins" in answer["conditions"]["statement"]
 
 
 def test_nothing_to_examine_is_an_error(int8):

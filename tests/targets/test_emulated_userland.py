@@ -16,7 +16,7 @@ import pytest
 
 from compress.errors import TargetError
 from compress.progress import Silent
-from compress.targets.emulated import debian, qemu, userland
+from compress.targets.emulated import counting, debian, qemu, userland
 
 DEB822 = """\
 # a comment
@@ -239,18 +239,42 @@ def test_an_old_emulator_is_refused(tmp_path):
         qemu.asked((str(fake_qemu(tmp_path / "b", "6.2.0")),))
 
 
-def test_an_emulator_without_plugins_is_passed_over(tmp_path, monkeypatch):
-    """Debian's static one is such; without a network the error names both."""
-    fake_qemu(tmp_path / "bin/qemu-aarch64", "7.2.22", usage="no such option")
+def unreachable(package, program, progress, sources=None):
+    raise TargetError("emulated", "no network")
+
+
+def test_an_emulator_with_plugins_is_preferred(tmp_path, monkeypatch):
+    """Debian 13's loads none: the machine's archive and then the user's are asked for one that does."""
+    fake_qemu(tmp_path / "bin/qemu-aarch64", "10.0.2", usage="no such option")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/bin")
+    monkeypatch.setenv("COMPRESS_APT_SOURCES", "/a/bookworm.list")
+    asked = []
 
-    def unreachable(package, program, progress):
-        raise TargetError("emulated", "no network")
+    def fetched(package, program, progress, sources=None):
+        asked.append(sources)
+        usage = "QEMU_PLUGIN" if sources else "no such option"
+        return (str(fake_qemu(tmp_path / f"{len(asked)}/qemu-aarch64", "7.2.22", usage=usage)),)
 
+    monkeypatch.setattr(qemu, "fetched_program", fetched)
+    found = qemu.find(Silent())
+    assert asked == [None, Path("/a/bookworm.list")]
+    assert (found.version, found.plugins) == ("7.2.22", True)
+
+
+def test_without_plugins_it_still_computes_and_counting_says_why_not(tmp_path, monkeypatch):
+    fake_qemu(tmp_path / "bin/qemu-aarch64", "10.0.2", usage="no such option")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/bin")
     monkeypatch.setattr(qemu, "fetched_program", unreachable)
-    problem = (
-        r"emulated: .*/qemu-aarch64 cannot load plugins, and it cannot be fetched \(no network\); sudo apt-get install"
-    )
+    found = qemu.find(Silent())
+    assert (found.version, found.plugins) == ("10.0.2", False)
+    with pytest.raises(TargetError, match=r"qemu 10\.0\.2 without plugins.*; install one that loads them"):
+        counting.plugin(found, Silent())
+
+
+def test_no_emulator_at_all_is_one_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(qemu, "fetched_program", unreachable)
+    problem = r"emulated: qemu-aarch64 is not on this machine, and it cannot be fetched \(no network\); sudo apt-get"
     with pytest.raises(TargetError, match=problem):
         qemu.find(Silent())
 

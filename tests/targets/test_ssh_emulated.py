@@ -31,8 +31,8 @@ def test_it_computes_what_this_machine_computes(arm: StandIn, exported: Any, str
             path: Path = exported.files[name]
             here = asking.open_model(path).answers(images)
             found = asking.answers(machine, path, images)
-            assert here.dtype == np.int8
             assert len(np.unique(here)) > 5
+            assert name == "int8.onnx" or here.dtype == np.int8  # the other ends with the real values of its int8 sums
             np.testing.assert_array_equal(found.outputs_NK, here)
     assert arm.quiet(60)
 

@@ -55,7 +55,7 @@ def test_the_whole_way(board: StandIn, wheels: Path, tmp_path: Path) -> None:
     shown = Shown()
     board.watch = lambda way, seen: way == "out" and b"virtual environment" in seen
     with (
-        pytest.raises(TargetError, match="the connection dropped"),
+        pytest.raises(TargetError, match=r"the connection to 127\.0\.0\.1 dropped"),
         Ssh(board.url, config=board.config, setup=True, runtimes=["litert"], progress=shown),
     ):
         pass

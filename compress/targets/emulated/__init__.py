@@ -32,10 +32,10 @@ from compress.targets.machine import OnLine
 REFUSED = ("time", "compare", "sustain")
 DEFAULT = "cortex-a72"
 
+UNESTIMATED = "Emulated: outputs and instruction counts are those of an ARM core, no time is measured."
 STATEMENT = (
-    "Emulated: outputs and instruction counts are those of an ARM core, no time is measured. Cycles are estimated from"
-    " the hot blocks by llvm-mca, with data in the first-level cache: about 10 % for dense layers on a Cortex-A76,"
-    " about 50 % for depthwise ones and for the older cores."
+    f"{UNESTIMATED} Cycles are estimated from the hot blocks by llvm-mca, with data in the first-level cache: to about"
+    " 10 % for dense layers on a Cortex-A76, about 50 % for depthwise ones and for the older cores."
 )
 
 
@@ -120,8 +120,16 @@ def examine(
         machines = {cpu: stack.enter_context(Emulated(f"{PLACE}:{cpu}", progress, userland)) for cpu in cpus}
         with progress.steps("parity", len(chosen) * len(cpus)) as advance:
             rows = parity(chosen, images_real, machines, advance)
-    mca, missing = _analyzer(progress)
-    counts = _counts(chosen, images_real, cpus, userland, mca, progress)
+    mca, no_cycles = _analyzer(progress)
+    statement = STATEMENT if mca else f"{UNESTIMATED} No cycles are estimated: {no_cycles}."
+    counts: list[dict[str, Any]] = []
+    try:
+        plugin = counting.plugin(userland.qemu, progress)
+    except TargetError as error:
+        progress.note(f"no instructions are counted: {error}")
+        statement = f"{UNESTIMATED} No instructions are counted: {error}."
+    else:
+        counts = _counts(chosen, images_real, cpus, userland, plugin, mca, progress)
     conditions = {
         "target": PLACE if tuple(cpus) == tuple(CORES) else f"{PLACE}:{','.join(cpus)}",
         "machine": f"emulated {', '.join(cpus)} (qemu {userland.qemu.version} on {platform.machine()})",
@@ -135,7 +143,7 @@ def examine(
         "threads": 1,
         "llvm_mca": mca.version if mca else UNAVAILABLE,
         "cycle_models": {cpu: CORES[cpu].scheduling for cpu in cpus} if mca else UNAVAILABLE,
-        "statement": STATEMENT if mca else f"{STATEMENT.partition(' Cycles')[0]} No cycles are estimated: {missing}.",
+        "statement": statement,
     }
     return {"conditions": conditions, "parity": rows, "counts": counts}
 
@@ -154,11 +162,11 @@ def _counts(
     images_real: np.ndarray | None,
     cpus: Sequence[str],
     userland: Userland,
+    plugin: Path,
     mca: cycles.Mca | None,
     progress: Progress,
 ) -> list[dict[str, Any]]:
     """Two processes per file and CPU, side by side: the second shows that the count repeats."""
-    plugin = counting.plugin(userland.qemu, progress)
     rows = []
     with (
         tempfile.TemporaryDirectory(prefix="compress-") as folder,

@@ -25,13 +25,13 @@ from typing import Any
 from compress.errors import TargetError
 from compress.progress import Progress
 from compress.targets import agent
-from compress.targets.emulated.debian import PLACE, cache_folder, locked
+from compress.targets.emulated.debian import PLACE, SOURCES, cache_folder, locked
 from compress.targets.emulated.qemu import Qemu
 from compress.targets.emulated.userland import Userland
 from compress.targets.machine import last_words
 
 HERE = Path(__file__).parent
-SOURCE = HERE / "counter.c"
+PROGRAM = HERE / "counter.c"
 INSIDE = HERE / "inside.py"
 
 WINDOWS = 3
@@ -145,18 +145,25 @@ def counted(
 
 
 def plugin(qemu: Qemu, progress: Progress) -> Path:
-    """The plugin for this emulator, compiled on its first use into the cache. Raises TargetError without a compiler."""
-    key = agent.sha256(SOURCE)[:12]
+    """The plugin for this emulator, compiled on its first use into the cache. Raises TargetError without a compiler,
+    and for an emulator that loads none."""
+    if not qemu.plugins:
+        raise TargetError(
+            PLACE,
+            f"{qemu.path} is qemu {qemu.version} without plugins, which count the instructions",
+            f"install one that loads them (Debian 12's qemu-user does), or name Debian 12 in {SOURCES}",
+        )
+    key = agent.sha256(PROGRAM)[:12]
     path = cache_folder() / f"counter-{key}-{qemu.plugin_interface}.so"
     with locked(path.with_suffix(".lock"), progress):
         if not path.is_file():
             partial = path.with_suffix(".partial")
             flags = ["-O2", "-shared", "-fPIC", "-fvisibility=hidden", f"-DPLUGIN_VERSION={qemu.plugin_interface}"]
-            command = [*compiler(), *flags, "-o", str(partial), str(SOURCE)]
+            command = [*compiler(), *flags, "-o", str(partial), str(PROGRAM)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise TargetError(
-                    SOURCE.name, f"{command[0]} does not compile it: {last_words(done.stderr.splitlines())}"
+                    PROGRAM.name, f"{command[0]} does not compile it: {last_words(done.stderr.splitlines())}"
                 )
             os.replace(partial, path)
     return path
@@ -172,5 +179,5 @@ def compiler() -> list[str]:
     if importlib.util.find_spec("ziglang"):
         return [sys.executable, "-m", "ziglang", "cc"]
     raise TargetError(
-        SOURCE.name, "no C compiler for the plugin that counts", "sudo apt-get install gcc, or pip install ziglang"
+        PROGRAM.name, "no C compiler for the plugin that counts", "sudo apt-get install gcc, or pip install ziglang"
     )

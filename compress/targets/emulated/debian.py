@@ -73,7 +73,7 @@ class Sources:
                 PLACE, "the userland is made with Debian's apt-get and dpkg-deb, which are not on this machine"
             )
         if named := os.environ.get(SOURCES):
-            return cls._of_file(Path(named))
+            return cls.of_file(Path(named))
         found = [stanza for path in _apt_files() for stanza in stanzas(path)]
         debian = [stanza for stanza in found if is_debian(stanza, _os_release())]
         if not debian:
@@ -86,7 +86,8 @@ class Sources:
         return cls("\n\n".join(texts) + "\n", "debian.sources", _suites(debian))
 
     @classmethod
-    def _of_file(cls, path: Path) -> Sources:
+    def of_file(cls, path: Path) -> Sources:
+        """Those in a file, as they are. Raises TargetError."""
         try:
             found, text = stanzas(path), path.read_text()
         except (OSError, UnicodeDecodeError) as error:
@@ -228,22 +229,26 @@ def unpack(files: Sequence[Path], root: Path) -> None:
                 path.symlink_to(os.path.relpath(inside, path.parent))
 
 
-def fetched_program(package: str, program: str, progress: Progress) -> tuple[str, ...]:
+def fetched_program(
+    package: str, program: str, progress: Progress, sources_file: Path | None = None
+) -> tuple[str, ...]:
     """argv that starts a program of a Debian package for this machine, kept in the cache. Raises TargetError.
 
-    `program` is its path below `/`. The host's C library serves it; all other libraries come with it.
+    `program` is its path below `/`. The host's C library serves it; all other libraries come with it. It is fetched
+    from the machine's own archive, or from those in `sources_file`.
     """
-    folder = cache_folder() / f"debian-{package}"
+    sources = Sources.of_file(sources_file) if sources_file else None
+    folder = cache_folder() / "-".join(["debian", package, *(sources.suites[:1] if sources else ())])
     with locked(folder.with_name(f"{folder.name}.lock"), progress):
         if not (folder / program).is_file():
-            _fetch(package, folder, progress)
+            _fetch(package, folder, sources, progress)
     if not (folder / program).is_file():
         raise TargetError(PLACE, f"Debian's package {package} has no /{program}")
     libraries = sorted({str(file.parent) for file in folder.rglob("*.so*")})
     return ("env", f"LD_LIBRARY_PATH={':'.join(libraries)}", str(folder / program))
 
 
-def _fetch(package: str, folder: Path, progress: Progress) -> None:
+def _fetch(package: str, folder: Path, sources: Sources | None, progress: Progress) -> None:
     if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
         raise TargetError(PLACE, f"no apt-get to fetch {package} with")
     partial = folder.with_name(f"{folder.name}.partial")
@@ -251,7 +256,7 @@ def _fetch(package: str, folder: Path, progress: Progress) -> None:
     with progress.steps(f"Debian's {package}", total=3) as advance:
         shutil.rmtree(root, ignore_errors=True)
         root.mkdir(parents=True)
-        apt = Apt(partial / "apt", run(["dpkg", "--print-architecture"]).strip())
+        apt = Apt(partial / "apt", run(["dpkg", "--print-architecture"]).strip(), sources)
         apt.prepare()
         advance("package lists")
         files = apt.fetch([package])

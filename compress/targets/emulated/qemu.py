@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from compress.errors import TargetError
 from compress.progress import Progress
-from compress.targets.emulated.debian import PLACE, fetched_program
+from compress.targets.emulated.debian import PLACE, SOURCES, fetched_program
 
 OLDEST = (7, 2)
 """The oldest tried. Cortex-A76 came with 7.0."""
@@ -21,11 +22,13 @@ INSTALL = "sudo apt-get install qemu-user, or your system's package of it"
 
 @dataclass(frozen=True)
 class Qemu:
-    """An emulator that loads plugins."""
+    """An emulator of aarch64 programs."""
 
     command: tuple[str, ...]
     """argv that starts it; `env LD_LIBRARY_PATH=...` first where its libraries lie in the cache."""
     version: str
+    plugins: bool = True
+    """Whether it can load any, and so count."""
 
     @property
     def path(self) -> Path:
@@ -47,30 +50,42 @@ class Qemu:
 
 
 def find(progress: Progress) -> Qemu:
-    """`qemu-aarch64` with plugin support: the one on PATH, or Debian's package in the cache. Raises TargetError."""
+    """`qemu-aarch64` that loads plugins: on PATH, of the machine's archive, of that in COMPRESS_APT_SOURCES.
+
+    Where none does (Debian 13's are static), one without: it computes, but nothing can be counted. TargetError for no
+    emulator at all.
+    """
     path = shutil.which("qemu-aarch64")
-    if path and (qemu := asked((str(Path(path).resolve()),))):
-        return qemu
+    here = asked((str(Path(path).resolve()),)) if path else None
+    if here and here.plugins:
+        return here
     why = f"{path} cannot load plugins" if path else "qemu-aarch64 is not on this machine"
-    try:
-        command = fetched_program("qemu-user", "usr/bin/qemu-aarch64", progress)
-    except TargetError as error:
-        raise TargetError(PLACE, f"{why}, and it cannot be fetched ({error.problem})", INSTALL) from error
-    if qemu := asked(command):
-        return qemu
-    raise TargetError(PLACE, f"{why}, and {command[-1]} does not run", INSTALL)
+    found, problem = [here] if here else [], ""
+    named = os.environ.get(SOURCES)
+    for sources in (None, Path(named)) if named else (None,):
+        try:
+            fetched = asked(fetched_program("qemu-user", "usr/bin/qemu-aarch64", progress, sources))
+        except TargetError as error:
+            problem = error.problem
+            continue
+        if fetched and fetched.plugins:
+            return fetched
+        found += [fetched] if fetched else []
+    if found:
+        return found[0]
+    raise TargetError(PLACE, f"{why}, and it cannot be fetched ({problem or 'it does not run here'})", INSTALL)
 
 
 def asked(command: tuple[str, ...]) -> Qemu | None:
-    """The emulator that `command` starts; none when it cannot load plugins. TargetError when it is too old."""
+    """The emulator that `command` starts; none when it does not start. TargetError when it is too old."""
     version, usage = _said(command, Path(command[-1]).stat().st_mtime_ns)
     match = re.search(r"version (\d+)\.(\d+)\S*", version)
-    if not match or "QEMU_PLUGIN" not in usage:
+    if not match:
         return None
     if (int(match[1]), int(match[2])) < OLDEST:
         wanted = ".".join(map(str, OLDEST))
         raise TargetError(PLACE, f"{command[-1]} is qemu {match[1]}.{match[2]}", f"{wanted} or newer is needed")
-    return Qemu(command, match[0].removeprefix("version "))
+    return Qemu(command, match[0].removeprefix("version "), plugins="QEMU_PLUGIN" in usage)
 
 
 @functools.cache
