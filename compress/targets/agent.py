@@ -285,6 +285,8 @@ def _open_litert(path: Path, threads: int) -> Model:
     notes = []
     if package == "tflite_runtime":
         notes.append("tflite-runtime is frozen; ai-edge-litert is its successor, and the two are not bit-equal")
+    if not (ROOT / "sys/devices/system/cpu").is_dir() and platform.machine() == "aarch64":
+        notes.append("there is no /sys here: litert cannot tell the CPU and was seen to compute other int8 outputs")
     return Model(
         path=path,
         runtime="litert",

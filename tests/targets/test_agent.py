@@ -227,6 +227,29 @@ class TestConditions:
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             (root / path).write_text(text)
 
+    @pytest.mark.parametrize(
+        ("files", "expected"),
+        [
+            ({"proc/self/comm": "python3", "proc/self/smaps": "55d0-55e0 r-xp 0 fe:00 1 /usr/bin/python3.11"}, None),
+            ({"proc/self/comm": "qemu-aarch64"}, "qemu-aarch64"),
+            (
+                {"proc/self/smaps": "55d0-55e0 r--p 0 fe:00 1   /usr/bin/qemu-aarch64-static\nSize: 4 kB"},
+                "qemu-aarch64-static",
+            ),
+            ({"proc/self/smaps": "1-2 r--p 0 fe:00 1 /usr/libexec/qemu-binfmt/aarch64-binfmt-P\n"}, "aarch64-binfmt-P"),
+            ({"proc/self/smaps": "1-2 r--p 0 fe:00 1 /home/qemu-user/lib/python3\n"}, None),
+        ],
+    )
+    def test_an_emulator_is_told_from_a_cpu(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], expected: str | None
+    ) -> None:
+        monkeypatch.setattr(agent, "ROOT", tmp_path)
+        monkeypatch.delenv("QEMU_CPU", raising=False)
+        self.board(tmp_path, files)
+        assert agent.emulator() == (expected or agent.UNAVAILABLE)
+        monkeypatch.setenv("QEMU_CPU", "cortex-a72")
+        assert agent.emulator() == (expected or "qemu")
+
     def test_missing_is_a_value(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(agent, "ROOT", tmp_path)
         monkeypatch.setattr(agent.subprocess, "run", self.no_such_program)
