@@ -128,7 +128,7 @@ def test_measures_tflite_too(timed: Product, stage: Run) -> None:
     metrics = short(rounds=1).apply(Product(timed.network, files=files), stage).metrics
     assert {row["runtime"] for row in metrics["rows"]} == {"onnxruntime", "litert"}
     assert [pair["runtime"] for pair in metrics["pairs"]] == ["onnxruntime", "litert"]
-    assert set(metrics["conditions"]["runtimes"]) == {"onnxruntime", "litert"}
+    assert {"onnxruntime", "litert"} <= set(metrics["conditions"]["runtimes"])
 
 
 @pytest.mark.parametrize("fields", [{"rounds": 0}, {"runtimes": ()}, {"runtimes": ("tvm",)}, {"threads": 0}])
