@@ -38,6 +38,7 @@ from compress.progress import Progress, RichProgress
 from compress.stages.distill import Distill
 from compress.stages.quantize import Quantize
 from compress.targets import target
+from compress.written import read_json, write_json, write_text
 
 HERE = Path(__file__).parent
 NOTHING = "no distillation"
@@ -210,7 +211,7 @@ def benchmark(options: argparse.Namespace, progress: Progress) -> None:
     # Seed by seed, so that one seed's images are in memory at a time.
     todo = [(row, f) for f in folders for row in wanted if key(row, f, options, images) not in done]
     for number, (row, folder) in enumerate(todo, 1):
-        seed, product = int(manifest.read_json(folder / "run.json")["seed"]), products[folder]
+        seed, product = int(read_json(folder / "run.json")["seed"]), products[folder]
         if number == 1 or todo[number - 2][1] != folder:
             data.made.clear()
         distill, quantize = row.stages(options.epochs, options.lr, options.qat_epochs)
@@ -248,9 +249,9 @@ def benchmark(options: argparse.Namespace, progress: Progress) -> None:
                 "code": manifest.own_code(),
             }
         )
-        manifest.write_json(options.out, results)
+        write_json(options.out, results)
         command = shlex.join(["python", *sys.argv])
-        manifest.write_text(options.out.with_suffix(".md"), table(results, command))
+        write_text(options.out.with_suffix(".md"), table(results, command))
         progress.note(
             f"{row.name}, seed {seed}: int8 {int8(results[-1]):.2%}, float {results[-1]['float']:.2%}, "
             f"{seconds:.0f} s; {len(todo) - number} left"
@@ -258,7 +259,7 @@ def benchmark(options: argparse.Namespace, progress: Progress) -> None:
 
 
 def _accuracy_of(folder: Path, stage: str) -> float:
-    return float(manifest.read_json(folder / "stages" / stage / manifest.NAME)["network"]["accuracy"])
+    return float(read_json(folder / "stages" / stage / manifest.NAME)["network"]["accuracy"])
 
 
 def _cpu_seconds() -> float:

@@ -38,6 +38,7 @@ from compress.stages.distill import Distill
 from compress.stages.export import to_onnx
 from compress.stages.quantize import Quantize
 from compress.targets import open_model, target
+from compress.written import write_json, write_text
 
 HERE = Path(__file__).parent
 KD = {"losses": [{"use": "kd", "temperature": 4.0, "weight": 0.9}]}
@@ -267,10 +268,10 @@ def benchmark(options: argparse.Namespace, progress: Progress) -> None:
                 }
             )
             todo.remove((row.name, parent))
-            manifest.write_json(options.out, results)
+            write_json(options.out, results)
             wanted = [result for result in results if result["key"] in keys.values()]
             command = shlex.join(["python", *sys.argv])
-            manifest.write_text(options.out.with_suffix(".md"), table(wanted, [r.name for r in everything], command))
+            write_text(options.out.with_suffix(".md"), table(wanted, [r.name for r in everything], command))
             accuracy = results[-1]["accuracy"]
             progress.note(
                 f"{row.name}, parent {seed}: onnx {accuracy['onnx']:.2%}, tflite {accuracy['tflite']:.2%}, "

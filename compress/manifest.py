@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 from importlib.metadata import PackageNotFoundError, version
@@ -13,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from compress.models import file_sha256
+from compress.written import read_json
 
 NAME = "manifest.json"
-STAGE_FOLDER = re.compile(r"\d\d-[a-z]+(\.partial)?")
+STAGE_FOLDER = re.compile(r"\d\d-[a-z]+(\.partial|\.training)?")
 TRAINING_PACKAGES = ("torch", "torch-pruning", "numpy", "pillow")
 """Their versions can change a network; those of the runtimes only change files and measurements."""
 FILE_PACKAGES = ("onnx", "onnxscript", "onnx-ir", "flatbuffers", "onnxruntime", "ai-edge-litert")
@@ -66,27 +66,7 @@ def valid(folder: Path, wanted: str) -> dict[str, Any] | None:
 def forget_others(stages: Path, labels: list[str]) -> None:
     """Removes folders of stages that a finished run no longer has; never anything that a run did not make."""
     for path in stages.iterdir():
-        ours = STAGE_FOLDER.fullmatch(path.name) and (path.suffix == ".partial" or (path / NAME).is_file())
+        unfinished = path.suffix in (".partial", ".training")
+        ours = STAGE_FOLDER.fullmatch(path.name) and (unfinished or (path / NAME).is_file())
         if ours and path.name not in labels:
             shutil.rmtree(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The file's object; empty where there is none or it was cut short."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replaces the file as one step: a reader finds the old content or the new."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces the file as one step."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

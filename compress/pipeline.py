@@ -3,6 +3,7 @@
     runs/<name>/recipe.yaml  run.json  report.html ...
     runs/<name>/stages/00-load/      the network as it came: manifest.json, network/
     runs/<name>/stages/01-train/     one folder per stage, complete or absent
+    runs/<name>/stages/02-distill.training/   what the trainings of a stage that is not complete have reached
     runs/<name>/controls/no_distillation/   another such folder: the run without teachers, if the recipe asks for it
 
 A manifest's `key` hashes all that can change the stage's result: its settings, what the stages before it made, data,
@@ -27,6 +28,7 @@ from compress import __version__, checkpoint, manifest, measures, processes
 from compress import recipe as recipes
 from compress.data import open_data
 from compress.data.unlabeled import fingerprint_of, with_unlabeled
+from compress.epochs import Epochs, forget_epochs, prepare_epochs
 from compress.errors import CompressError, GateError
 from compress.formats.onnx import int8_onnx
 from compress.formats.tflite import to_tflite
@@ -44,9 +46,11 @@ from compress.stages.quantize import Quantize
 from compress.targets import asking, open_target
 from compress.teachers.teacher import refuse_other_task
 from compress.teaching import Distillation
+from compress.written import read_json, write_json, write_text
 
 TOGETHER = ("train", "distill", "quantize")
 """Stages that all processes of torchrun share; the others run in the first process alone."""
+TRAINING = (*TOGETHER, "prune")
 OF_FILES = ("export", "verify", "benchmark")
 """Stages whose results depend on the versions of exporters and runtimes."""
 ROLES = ("network", "parent", "float_network")
@@ -77,9 +81,10 @@ def run_recipe(
     """Runs every stage that is not already in `folder`, in order.
 
     Relative paths of the recipe start at `base`; `setup` allows an environment of ours on a board.
-    Raises CompressError; a stage that fails leaves no folder behind, and the stages before it stay. A stage whose
-    verdict is FAIL is kept for the report, ends the run with a GateError, and runs again next time. A control that
-    cannot be finished is a GateError as well: the run itself is complete.
+    Raises CompressError; a stage that fails leaves no result behind, the stages before it stay, and its trainings go on
+    from their last epoch next time. A stage whose verdict is FAIL is kept for the report, ends the run with a
+    GateError, and runs again next time. A control that cannot be finished is a GateError as well: the run itself is
+    complete.
     """
     with processes.joined() as (rank, world_size):
         notes = Notes(progress if rank == 0 else Silent())
@@ -109,7 +114,7 @@ def _run_stages(fold: _Fold, command: str) -> Outcome:
     processes.shared(lambda: _make(folder))
     facts = _facts(fold, command)
     fold.record(facts)
-    processes.shared(lambda: manifest.write_text(folder / "recipe.yaml", recipes.dump(recipe)))
+    processes.shared(lambda: write_text(folder / "recipe.yaml", recipes.dump(recipe)))
     ran: list[str] = []
     resumed: list[str] = []
     for index, stage in enumerate((None, *recipe.stages)):
@@ -159,9 +164,9 @@ def _without_distillation(run: _Fold, command: str) -> Outcome:
 
 def open_run(folder: Path, progress: Progress, base: Path) -> tuple[Recipe, Product, Data]:
     """Recipe, last product and data of a run's folder. Raises CompressError where nothing was exported."""
-    facts = manifest.read_json(folder / "run.json")
+    facts = read_json(folder / "run.json")
     places = (folder / "stages" / name / manifest.NAME for name in sorted(facts.get("stages", [])))
-    finished = [found for place in places if (found := manifest.read_json(place))]
+    finished = [found for place in places if (found := read_json(place))]
     if not finished:
         raise CompressError(folder, "not a run with a finished stage", "give the folder that `compress run` wrote")
     refs = finished[-1]["product"]
@@ -240,7 +245,7 @@ class _Fold:
 
     def record(self, facts: dict[str, Any]) -> None:
         if self.rank == 0:
-            manifest.write_json(self.folder / "run.json", facts)
+            write_json(self.folder / "run.json", facts)
 
     def step(self, index: int, stage: StageSettings | None, label: str) -> bool:
         """Brings the fold past one stage; whether an earlier run's result served."""
@@ -253,7 +258,7 @@ class _Fold:
         resumed = found is not None
         if found is not None:
             if self.rank == 0:
-                manifest.write_json(place / manifest.NAME, found | {"resumed": True})
+                write_json(place / manifest.NAME, found | {"resumed": True})
                 self.notes.shown.note(f"{label}: unchanged, taken from the run of {found['finished']}")
             self.product = None
         else:
@@ -270,13 +275,14 @@ class _Fold:
     def _run(self, index: int, stage: StageSettings | None, label: str, place: Path) -> dict[str, Any]:
         """Runs a stage in a folder of its own that gets its name when it is complete; its manifest."""
         partial, before = place.with_name(place.name + ".partial"), self.product
+        training = place.with_name(place.name + ".training")
         together = stage is not None and stage.use in TOGETHER
         self.notes.kept.clear()
         began = time.perf_counter()
         made: list[Product] = []
 
         def work() -> None:
-            made.append(self._apply(index, stage, label, partial, before, together))
+            made.append(self._apply(index, stage, label, partial, before, together, Epochs(training)))
 
         def save() -> dict[str, Any]:
             if not together:
@@ -285,20 +291,32 @@ class _Fold:
 
         try:
             processes.shared(lambda: _empty(partial))
+            if stage is not None and stage.use in TRAINING:
+                processes.shared(lambda: prepare_epochs(training, self.key))
             if together:
                 work()
             found = processes.shared(save)
         except BaseException:
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
+                forget_epochs(training, kept=True)
             raise
+        if self.rank == 0:
+            forget_epochs(training)
         # Several processes go on with what lies on disk: the same bytes, whatever the rounding of each was.
         alone = self.world_size == 1
         self.product = replace(made[0], files=_files(self.folder, found["product"])) if alone else None
         return found
 
     def _apply(
-        self, index: int, stage: StageSettings | None, label: str, folder: Path, before: Product | None, together: bool
+        self,
+        index: int,
+        stage: StageSettings | None,
+        label: str,
+        folder: Path,
+        before: Product | None,
+        together: bool,
+        epochs: Epochs,
     ) -> Product:
         if stage is None:
             return Product(_first_network(self.recipe, self.data, self.notes, self.base))
@@ -315,6 +333,7 @@ class _Fold:
             setup=self.setup,
             rank=self.rank if together else 0,
             world_size=self.world_size if together else 1,
+            epochs=epochs,
         )
         torch.manual_seed(run.seed)
         try:
@@ -358,7 +377,7 @@ class _Fold:
             "notes": list(self.notes.kept),
             "files": manifest.files_below(partial),
         }
-        manifest.write_json(partial / manifest.NAME, facts)
+        write_json(partial / manifest.NAME, facts)
         shutil.rmtree(place, ignore_errors=True)
         partial.rename(place)
         return facts
@@ -448,7 +467,7 @@ def _open(recipe: Recipe, folder: Path, notes: Notes, base: Path) -> Data:
     opened: list[Data] = []
 
     def first() -> str:
-        checked = manifest.read_json(folder / "run.json").get("data", {}).get("fingerprint")
+        checked = read_json(folder / "run.json").get("data", {}).get("fingerprint")
         opened.append(open_data(recipe.data, recipe.preprocess, notes, base, checked))
         return opened[0].fingerprint
 

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from compress.epochs import Epochs
 from compress.progress import Progress
 from compress.settings import Settings
 
@@ -120,6 +121,8 @@ class Batch:
     """Of the training that the batch is used in, counted from 0."""
     progress: float = 0.0
     """Part of the training that is over, in [0, 1)."""
+    step: int = 0
+    """Of the training that the batch is used in, counted from 0."""
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`."""
@@ -205,3 +208,5 @@ class Run:
     """Whether that machine may get an environment of ours, with a runtime, if it is a board."""
     rank: int = 0
     world_size: int = 1
+    epochs: Epochs = field(default_factory=Epochs)
+    """Where trainings keep what they have reached."""

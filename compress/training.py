@@ -8,10 +8,10 @@ import ctypes
 import math
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from compress import processes
+from compress.epochs import State, Training, under
 from compress.errors import ModelError, TrainingError
 from compress.product import NO_LABEL, Batch, Run
 from compress.settings import Settings
@@ -52,6 +53,18 @@ class Fit(Settings):
     augment: bool = True
     only: tuple[str, ...] = ()
     """Train only parameters whose name matches one of these (`classifier.*`); the rest and its BatchNorm stay."""
+
+
+class Memory(Protocol):
+    """What a loss remembers from one epoch to the next, besides what is trained."""
+
+    def state(self) -> dict[str, Tensor]:
+        """After an epoch."""
+        ...
+
+    def restore(self, state: Mapping[str, Tensor], student: nn.Module) -> None:
+        """As it was after that epoch; `student` is as it was then, too."""
+        ...
 
 
 def labels_loss(label_smoothing: float = 0.0) -> Loss:
@@ -88,6 +101,7 @@ def fit(
     after: tuple[float, Callable[[nn.Module], None]] | None = None,
     companion: nn.Module | None = None,
     companion_lr: float | None = None,
+    memory: Memory | None = None,
     apart: bool = False,
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
     """A trained copy of `module` (CPU, eval mode) and one entry per epoch: epoch, loss, lr, seconds.
@@ -99,12 +113,17 @@ def fit(
     place, by the same optimizer (peak learning rate `companion_lr`, or that of the network), and ends on the CPU in
     eval mode.
 
+    What the training has reached is kept in `run.epochs` after each epoch, and a training that finds itself there goes
+    on: same weights, same optimizer, same random numbers, and what `loss` remembers from one epoch to the next, its
+    `memory`. The result is that of a training that was never stopped, byte by byte where the processes and their
+    threads are as many as before.
+
     Runs alone or, where torch.distributed is initialised, as one of `run.world_size` processes that share each batch;
-    with `apart` each of them trains a network of its own.
+    with `apart` each of them trains a network of its own, and begins again if it was stopped.
     Raises TrainingError at the first loss that is not finite, naming `label`, epoch and step.
     """
     with memory_kept():
-        return _fit(module, loss, run, settings, label, views, after, companion, companion_lr, apart)
+        return _fit(module, loss, run, settings, label, views, after, companion, companion_lr, memory, apart)
 
 
 def _fit(
@@ -117,6 +136,7 @@ def _fit(
     after: tuple[float, Callable[[nn.Module], None]] | None,
     companion: nn.Module | None,
     companion_lr: float | None,
+    memory: Memory | None,
     apart: bool,
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
     student = copy.deepcopy(module)
@@ -162,8 +182,17 @@ def _fit(
     change_at = round(after[0] * total) if after else None
 
     history: list[dict[str, Any]] = []
-    step = 0
-    for epoch in range(settings.epochs):
+    course = _Course(student, optimizer, average, companion, memory)
+    kept = run.epochs.begin() if not apart else Training(None)
+    done = processes.shared(kept.epoch)
+    if done:
+        if after and change_at is not None and done * steps > change_at:
+            after[1](student)
+            wrapped = _wrapped(student, run)
+        history = course.restore(kept.load(), run)
+        run.progress.note(f"{label}: goes on after epoch {done}")
+    step = done * steps
+    for epoch in range(done, settings.epochs):
         began, losses, lr = time.perf_counter(), 0.0, 0.0
         with run.progress.steps(f"{label}  epoch {epoch + 1}/{settings.epochs}", steps) as advance:
             for number, batch in enumerate(epoch_batches(epoch)):
@@ -175,7 +204,7 @@ def _fit(
                     after[1](student)
                     # It must know anew which gradients to wait for.
                     wrapped = student if apart else _wrapped(student, run)
-                batch = replace(batch.to(run.device), epoch=epoch, progress=step / total)
+                batch = replace(batch.to(run.device), epoch=epoch, progress=step / total, step=step)
                 value = loss(wrapped, batch)
                 loss_now = processes.mean(value.item(), run.device)
                 if not math.isfinite(loss_now):
@@ -206,6 +235,9 @@ def _fit(
                 "seconds": time.perf_counter() - began,
             }
         )
+        state = course.state(history, run)
+        if run.rank == 0:
+            kept.save(state)
     if companion is not None:
         companion.to("cpu").eval()
     result = average.module if average is not None else student
@@ -217,6 +249,70 @@ def _fit(
         )
     result.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return result.requires_grad_(True).eval(), history
+
+
+@dataclass(frozen=True)
+class _Course:
+    """All that changes while a network is trained."""
+
+    student: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: nn.Module | None
+    companion: nn.Module | None
+    memory: Memory | None
+
+    def state(self, history: list[dict[str, Any]], run: Run) -> State:
+        tensors: dict[str, Tensor] = {}
+        for role, module in self._modules():
+            tensors |= {f"{role}.{name}": value for name, value in module.state_dict().items()}
+        for number, parameter in enumerate(self._parameters()):
+            for name, value in self.optimizer.state.get(parameter, {}).items():
+                if value is not None:
+                    tensors[f"optimizer.{number}.{name}"] = torch.as_tensor(value)
+        for name, value in (self.memory.state() if self.memory else {}).items():
+            tensors[f"memory.{name}"] = value
+        for rank, numbers in enumerate(processes.gathered(_random_state(run.device))):
+            tensors |= {f"random.{rank}.{name}": value for name, value in numbers.items()}
+        return State(tensors, {"epoch": len(history), "history": history})
+
+    def restore(self, state: State, run: Run) -> list[dict[str, Any]]:
+        """Puts everything back where it was; the history."""
+        for role, module in self._modules():
+            module.load_state_dict(under(state.tensors, f"{role}."))
+        for number, parameter in enumerate(self._parameters()):
+            values = under(state.tensors, f"optimizer.{number}.")
+            if values:
+                self.optimizer.state[parameter] = {name: _like(parameter, value) for name, value in values.items()}
+        if self.memory is not None:
+            self.memory.restore(under(state.tensors, "memory."), self.student)
+        numbers = under(state.tensors, f"random.{run.rank}.") or under(state.tensors, "random.0.")
+        _restore_random_state(numbers, run.device)
+        return list(state.facts["history"])
+
+    def _modules(self) -> list[tuple[str, nn.Module]]:
+        found = {"student": self.student, "average": self.average, "companion": self.companion}
+        return [(role, module) for role, module in found.items() if module is not None]
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+
+def _like(parameter: Tensor, value: Tensor) -> Tensor:
+    """An optimizer's value on the device and in the memory order of its parameter: fused steps read both as one."""
+    if value.shape != parameter.shape:
+        return value.to(parameter.device)  # the number of steps
+    return torch.empty_like(parameter, requires_grad=False).copy_(value)
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    found = {"cpu": torch.get_rng_state()}
+    return found | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def _restore_random_state(found: Mapping[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(found["cpu"])
+    if device.type == "cuda" and "cuda" in found:
+        torch.cuda.set_rng_state(found["cuda"], device)
 
 
 def reestimated_batchnorm(module: nn.Module, batches: Iterable[Batch], device: torch.device) -> nn.Module:

@@ -74,12 +74,10 @@ class HardExamples(Settings):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
             generator = Generator(self.latent, run.data.preprocess.size, self.channels)
-        taken = 0
 
         def loss(module: nn.Module, batch: Batch) -> Tensor:
-            nonlocal taken
-            taken += 1
-            return self.step(goal, generator, module, batch, generators_turn=taken % self.student_steps == 0)
+            turn = (batch.step + 1) % self.student_steps == 0
+            return self.step(goal, generator, module, batch, generators_turn=turn)
 
         module, metrics = goal.train(
             student,

@@ -108,6 +108,7 @@ class MutualLearning(Settings):
             label=label,
             views=settings.views,
             companion=nn.ModuleList([peers, goal.companion]) if goal and goal.companion else peers,
+            memory=goal,
         )
         before = macs(product.original.module, run.data.preprocess.size)
         cohort = [

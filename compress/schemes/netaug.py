@@ -216,13 +216,14 @@ class NetAug(Settings):
         goal = objective(settings, product, run, student=student, label_smoothing=settings.label_smoothing)
         augmented = augment(product, run.data.preprocess.size)
         kept = kept_maps(product.network, product.original, goal.layers)
-        drawn = torch.Generator().manual_seed(run.seed * 1009 + run.rank)
+        drawn = torch.Generator()
         epoch = -1
 
         def loss(module: nn.Module, batch: Batch) -> Tensor:
             nonlocal epoch
             if batch.epoch != epoch and batch.progress < self.until:
                 epoch = batch.epoch
+                drawn.manual_seed((run.seed * 1_000_003 + epoch) * 1_009 + run.rank)
                 augmented.sort(unwrapped(module))
             return self.step(goal, augmented, kept, module, batch, self.draw(len(augmented.extras), drawn))
 

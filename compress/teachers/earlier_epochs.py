@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
+import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
+from compress.epochs import under
 from compress.observation import Answers
 from compress.product import Batch, Network, Product, Run
 from compress.settings import Settings
@@ -65,5 +67,26 @@ class Snapshots:
             self.copies.clear()
         self.copies.append(copied(student, self.run))
         self.cycle = cycle
+        self._answer_with_the_first()
+
+    def state(self) -> dict[str, Tensor]:
+        if self.cycle < 0:
+            return {}
+        found = {"cycle": torch.tensor(self.cycle), "copies": torch.tensor(len(self.copies))}
+        for number, each in enumerate(self.copies):
+            found |= {f"{number}.{name}": value for name, value in each.state_dict().items()}
+        return found
+
+    def restore(self, state: Mapping[str, Tensor], student: nn.Module) -> None:
+        if not state:
+            return
+        self.cycle = int(state["cycle"])
+        self.copies.clear()
+        for number in range(int(state["copies"])):
+            self.copies.append(copied(student, self.run))
+            self.copies[-1].load_state_dict(under(state, f"{number}."))
+        self._answer_with_the_first()
+
+    def _answer_with_the_first(self) -> None:
         assert self.network is not None
         self.network = replace(self.network, module=self.copies[0])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from compress.observation import Answers
 from compress.product import Batch, Network, Product, Run
@@ -67,7 +67,7 @@ class Average:
 
     def __init__(self, network: Network, run: Run, decay: float) -> None:
         self.network: Network | None = network
-        self.run, self.decay, self.step = run, decay, 0
+        self.run, self.decay, self.followed = run, decay, False
         self.module: nn.Module | None = None
 
     def answers(self, batch: Batch, layers: Sequence[str], *, differentiable: bool = False) -> Answers:
@@ -78,10 +78,20 @@ class Average:
 
     def follow(self, student: nn.Module, batch: Batch) -> None:
         # The student of the first step may have fake quantization that the network which entered has not.
-        if self.step == 0 or self.module is None:
-            self.module = copied(student, self.run)
-            assert self.network is not None
-            self.network = replace(self.network, module=self.module)
+        if not self.followed or self.module is None:
+            self._become(student)
         else:
-            average_into(self.module, student, decay_at(self.step, self.decay))
-        self.step += 1
+            average_into(self.module, student, decay_at(batch.step, self.decay))
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(self.module.state_dict()) if self.followed and self.module is not None else {}
+
+    def restore(self, state: Mapping[str, Tensor], student: nn.Module) -> None:
+        if state:
+            self._become(student).load_state_dict(state)
+
+    def _become(self, student: nn.Module) -> nn.Module:
+        self.module, self.followed = copied(student, self.run), True
+        assert self.network is not None
+        self.network = replace(self.network, module=self.module)
+        return self.module

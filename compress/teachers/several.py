@@ -7,7 +7,7 @@ Knowledge Distillation from an Ensemble of Teachers, Interspeech) choose one at 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from compress.epochs import under
 from compress.errors import ModelError
 from compress.observation import Answers
 from compress.product import Batch, Network, Product, Run
@@ -104,8 +105,7 @@ class Ensemble:
         self.members, self.combine, self.of, self.seed = tuple(members), combine, of, seed
         self.weights = tuple(weights) if weights is not None else (1.0,) * len(self.members)
         self.features_from = features_from
-        self.step = 0
-        self.chosen = self._draw()
+        self.chosen = self._draw(0)
         self.network: Network | None = self._network()
         self.related = features_from is not None and self.members[features_from].related
         self.fingerprint: str | None = self._fingerprint()
@@ -134,8 +134,7 @@ class Ensemble:
         return Answers(mean(logits_MNK, [self.weights[index] for index in giving]), maps)
 
     def follow(self, student: nn.Module, batch: Batch) -> None:
-        self.chosen = self._draw()
-        self.step += 1
+        self.chosen = self._draw(batch.step)
         for member in self.members:
             member.follow(student, batch)
         self.network = self._network()
@@ -150,7 +149,16 @@ class Ensemble:
         facts = (self.of, prints, [weight for weight in self.weights if weight > 0])
         return hashlib.sha256(f"several {facts}".encode()).hexdigest()
 
-    def _draw(self) -> int:
+    def state(self) -> dict[str, Tensor]:
+        states = enumerate(member.state() for member in self.members)
+        return {f"{number}.{name}": value for number, state in states for name, value in state.items()}
+
+    def restore(self, state: Mapping[str, Tensor], student: nn.Module) -> None:
+        for number, member in enumerate(self.members):
+            member.restore(under(state, f"{number}."), student)
+        self.network = self._network()
+
+    def _draw(self, step: int) -> int:
         """Of this step: the same in every process, and again in a run with the same seed."""
         shares = np.asarray(self.weights) / sum(self.weights)
-        return int(np.random.default_rng((self.seed, self.step, 3)).choice(len(self.members), p=shares))
+        return int(np.random.default_rng((self.seed, step, 3)).choice(len(self.members), p=shares))

@@ -11,6 +11,7 @@ from compress.errors import ModelError
 from compress.product import Product, Run
 from compress.settings import Settings
 from compress.teachers.teacher import Frozen, Teacher, refuse_other_task
+from compress.written import read_json
 
 LOADED = "00-load"
 """The folder of the network as it came, before the first stage."""
@@ -44,7 +45,7 @@ class Stage(Settings):
 
 def _left_by(stage: Path) -> Path:
     """The folder of the network after a stage, which is an earlier one's where the stage changed no weights."""
-    reference = manifest.read_json(stage / manifest.NAME).get("product", {}).get("network")
+    reference = read_json(stage / manifest.NAME).get("product", {}).get("network")
     return stage.parent.parent / reference if reference else stage / "network"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Protocol
 
@@ -35,6 +35,14 @@ class Teacher(Protocol):
         """Called before each step with the student as it is then; most teachers do nothing."""
         ...
 
+    def state(self) -> dict[str, Tensor]:
+        """What following has left after an epoch; empty for teachers that do not follow."""
+        ...
+
+    def restore(self, state: Mapping[str, Tensor], student: nn.Module) -> None:
+        """As it was after that epoch; copies are made from `student` as the network that they are of."""
+        ...
+
 
 class Frozen:
     """A network that answers as it is: in eval mode, on the run's device, from a copy."""
@@ -52,6 +60,12 @@ class Frozen:
         return asked(module, batch, layers, differentiable=differentiable)
 
     def follow(self, student: nn.Module, batch: Batch) -> None:
+        pass
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor], student: nn.Module) -> None:
         pass
 
     @property

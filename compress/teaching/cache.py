@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress import __version__, manifest
+from compress import __version__
 from compress.data.loader import ImageData
 from compress.data.unlabeled import WithUnlabeled, numbered
 from compress.errors import DataError
 from compress.product import Batch, Data, Run
 from compress.settings import Settings
+from compress.written import read_json, write_json
 
 Ask = Callable[[Batch], Tensor]
 """(N, K) logits of a batch that lies on the run's device."""
@@ -157,14 +158,14 @@ class Cached:
         header = self.folder / HEADER
         way_out = f"remove {self.folder}, or name another folder as `cache`"
         if header.exists():
-            found = manifest.read_json(header)
+            found = read_json(header)
             if not found:
                 raise DataError(header, "is not readable", way_out)
             if different := _different(found, wanted):
                 raise DataError(self.folder, f"is a stale cache: {different}", way_out)
             return
         self._refuse_other_content()
-        manifest.write_json(header, wanted)
+        write_json(header, wanted)
 
     def _refuse_other_content(self) -> None:
         """Raises DataError for a folder with something that is no cache, and leaves it as it is."""

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, fx, nn
 
 from compress.data.unlabeled import Unlabeled, WithUnlabeled, numbered, with_unlabeled
+from compress.epochs import under
 from compress.errors import ModelError
 from compress.losses import LossSettings
 from compress.losses.kd import SoftTargets
@@ -182,6 +183,7 @@ class Objective:
             after=after,
             companion=nn.ModuleList(companions) if companions else None,
             companion_lr=beside_lr,
+            memory=self,
         )
         return trained, {"history": history} | self.metrics()
 
@@ -257,6 +259,23 @@ class Objective:
             original = self._counterpart.module(student) if judge.term.needs_teacher else None
             lesson = replace(lesson, student=student, teacher=original, kept=self._counterpart.kept)
         return _labelled(lesson) if judge.term.needs_labels else lesson
+
+    def state(self) -> dict[str, Tensor]:
+        """What the teacher has become, and the layers' losses of the last epoch."""
+        found = {f"teacher.{name}": value for name, value in self.teacher.state().items()}
+        for number, judge in enumerate(self._judges):
+            if isinstance(judge.sums, Tensor):
+                found[f"sums.{number}"] = judge.sums
+                found[f"seen.{number}"] = torch.tensor([judge.count, judge.epoch])
+        return found
+
+    def restore(self, state: Mapping[str, Tensor], student: nn.Module) -> None:
+        """As it was after that epoch."""
+        self.teacher.restore(under(state, "teacher."), student)
+        for number, judge in enumerate(self._judges):
+            if f"sums.{number}" in state:
+                judge.sums = state[f"sums.{number}"].to(self.run.device)
+                judge.count, judge.epoch = state[f"seen.{number}"].tolist()
 
     def layer_losses(self) -> dict[str, dict[str, float]]:
         """The mean of each layer's loss in the last epoch, by the loss's name, before weights."""

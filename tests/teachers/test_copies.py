@@ -55,7 +55,7 @@ def test_the_average_is_that_of_the_weights_of_all_steps(product, run, batch, de
     past = []
     for step in range(6):
         moved(student, generator)
-        teacher.follow(student, batch)
+        teacher.follow(student, replace(batch, step=step))
         past.append(state(student))
         keep = min(decay, 1 - 1 / (step + 1))
         for name, now in past[-1].items():

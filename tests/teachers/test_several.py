@@ -140,8 +140,8 @@ def test_one_at_random_for_each_step(batch):
         members = fixed()
         ensemble = Ensemble(members, combine="random", weights=weights, seed=seed)
         found = []
-        for _ in range(steps):
-            ensemble.follow(nn.Identity(), batch)
+        for step in range(steps):
+            ensemble.follow(nn.Identity(), replace(batch, step=step))
             said = ensemble.answers(batch, ()).logits_NK
             assert torch.equal(said, ensemble.answers(batch, ()).logits_NK)  # one a step, however often it is asked
             found.append(next(i for i, member in enumerate(members) if said is member.logits_NK))
