@@ -65,7 +65,7 @@ def main() -> None:
             raise
         _fail(show(), 2)
     if status == INTERRUPTED:  # typer has caught Ctrl-C
-        _fail("stopped; the same command goes on from the last finished stage", INTERRUPTED)
+        _fail("stopped; the same command goes on from the last finished epoch", INTERRUPTED)
     sys.exit(status or 0)
 
 

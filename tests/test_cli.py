@@ -162,8 +162,8 @@ def test_ctrl_c_stops_at_once_says_how_to_go_on_and_leaves_no_half(place):
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said.strip() == "stopped; the same command goes on from the last finished stage"
-    assert sorted(path.name for path in (place / "runs/small/stages").iterdir()) == ["00-load"]
+    assert said.strip() == "stopped; the same command goes on from the last finished epoch"
+    assert sorted(path.name for path in (place / "runs/small/stages").iterdir()) == ["00-load", "01-train.training"]
 
 
 def test_a_ctrl_c_that_python_dropped_stops_the_next_step(monkeypatch):
