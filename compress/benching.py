@@ -6,6 +6,7 @@ Imports nothing but what the image for boards has: numpy and a runtime, typer an
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,9 +84,9 @@ def _compared(
     machine: Machine, files: Mapping[str, Path], measuring: Measuring, runtimes: Sequence[Runtime], progress: Progress
 ) -> Found:
     names = "\0".join([machine.name, *(str(path.absolute()) for path in files.values())])
-    journal = cache_folder() / "interrupted" / f"{hashlib.sha256(names.encode()).hexdigest()[:16]}.jsonl"
+    journal = cache_folder() / "interrupted" / f"{hashlib.sha256(os.fsencode(names)).hexdigest()[:16]}.jsonl"
     with progress.steps("benchmark", len(measuring.slots(files))) as advance:
-        result = asking.compare(machine, files, measuring, journal=journal, on_process=advance, on_resume=progress.note)
+        result = asking.compare(machine, files, measuring, journal=journal, on_process=advance, on_note=progress.note)
     emulated = result.conditions["emulator"] != UNAVAILABLE
     rows = [row | {"fps": None} for row in result.rows] if emulated else result.rows
     values = {"conditions": result.conditions, "rows": rows, "pairs": result.pairs}
@@ -150,6 +151,7 @@ def _sustained(
     asked: Asked, machine: Machine, files: Mapping[str, Path], threads: Threads, progress: Progress
 ) -> Found:
     every_s = min(5.0, asked.sustain_minutes * 6)
+    span = "minute" if asked.sustain_minutes >= 2 else "half"
     values: dict[str, Any] = {"conditions": asking.probe(machine), "sustained": {}}
     table: Table = []
     for name, path in files.items():
@@ -172,15 +174,23 @@ def _sustained(
         table.append(
             {
                 "file": name,
-                "first minute p50 ms": f"{found['first_minute_p50_ms']:.3f}",
-                "last minute p50 ms": f"{found['last_minute_p50_ms']:.3f}",
+                f"first {span} p50 ms": f"{found['first_minute_p50_ms']:.3f}",
+                f"last {span} p50 ms": f"{found['last_minute_p50_ms']:.3f}",
                 "slow-down": f"{found['slowdown']:.3f}x",
+                "MHz": _from_to(found["series"], "mhz"),
+                "C": _from_to(found["series"], "temperature_c"),
                 "verdict": found["verdict"],
                 "why": "; ".join(found["throttled"]),
             }
         )
-    conditions = values["conditions"]
-    return Found(values, [table], [_not_a_board(conditions)] if conditions["emulator"] != UNAVAILABLE else [])
+    found = values["conditions"]
+    machine_line = f"measured on {found['board']}, {found['cpu']} ({found['arch']}), governor {found['governor']}"
+    return Found(values, [table], [_not_a_board(found)] if found["emulator"] != UNAVAILABLE else [machine_line])
+
+
+def _from_to(series: Sequence[Mapping[str, Any]], key: str) -> str:
+    first, last = series[0][key], series[-1][key]
+    return UNAVAILABLE if UNAVAILABLE in (first, last) else f"{first:.0f} to {last:.0f}"
 
 
 def _counted(asked: Asked, files: Mapping[str, Path], progress: Progress) -> Found:
@@ -204,13 +214,21 @@ def _counted(asked: Asked, files: Mapping[str, Path], progress: Progress) -> Fou
             "file": row["file"],
             "runtime": row["runtime"],
             "core": row["cpu"],
+            "images": f"{row['images']} random",
             "outputs": str(row["outputs"]),
             "differing from the host": str(row["differing"]),
+            "by at most": _apart(row),
         }
         for row in found["parity"]
     ]
     statement = found["conditions"]["statement"]
     return Found(found, [counts, parity], [statement])
+
+
+def _apart(row: Mapping[str, Any]) -> str:
+    if row["max_lsb"] is not None:
+        return f"{row['max_lsb']} LSB"
+    return "no number" if row["max_difference"] is None else f"{row['max_difference']:.2g}"
 
 
 def _thousands(value: Any) -> str:

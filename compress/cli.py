@@ -51,6 +51,9 @@ def main() -> None:
     """Runs the command line; a mistake the user can mend is one clear message and exit status 1."""
     with contextlib.suppress(ValueError):  # in another thread than the first, where signals do not arrive
         signal.signal(signal.SIGINT, _interrupt)
+        if "WORLD_SIZE" not in os.environ:  # torchrun ends its processes itself
+            signal.signal(signal.SIGTERM, _interrupt)
+            signal.signal(signal.SIGHUP, _interrupt)
     try:
         status = app(standalone_mode=False)
     except CompressError as error:
@@ -65,13 +68,17 @@ def main() -> None:
             raise
         _fail(show(), 2)
     if status == INTERRUPTED:  # typer has caught Ctrl-C
-        _fail("stopped; the same command goes on from the last finished epoch", INTERRUPTED)
+        goes_on = "; the same command goes on from the last finished epoch" if sys.argv[1:2] == ["run"] else ""
+        _fail(f"stopped{goes_on}", 128 + RichProgress.interrupted)
     sys.exit(status or 0)
 
 
-def _interrupt(*_: object) -> None:
-    """Ctrl-C. Python drops the exception where it meets a finalizer or a callback: the next step raises it again."""
-    RichProgress.interrupted = True
+def _interrupt(number: int = signal.SIGINT, _: object = None) -> None:
+    """Ctrl-C, or the end of the terminal or the machine: everything is left in order, and what was begun is ended.
+
+    Python drops the exception where it meets a finalizer or a callback: the next step raises it again.
+    """
+    RichProgress.interrupted = number
     raise KeyboardInterrupt
 
 

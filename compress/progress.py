@@ -29,7 +29,8 @@ class Progress(Protocol):
 class RichProgress:
     """A live bar on a terminal; one line per finished piece of work everywhere."""
 
-    interrupted = False
+    interrupted = 0
+    """The signal that asked to stop."""
 
     def __init__(self, console: Console) -> None:
         self.console = console

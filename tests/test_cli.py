@@ -146,8 +146,9 @@ def test_all_mistakes_of_a_recipe_come_at_once_with_their_lines(place):
     assert lines[1].startswith("bad.yaml:8: stages.1.goal.macs:")
 
 
-def test_ctrl_c_stops_at_once_says_how_to_go_on_and_leaves_no_half(place):
-    words = ["run", "recipe.yaml", "stages.train.epochs=500"]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_stops_at_once_says_how_to_go_on_and_leaves_no_half(place, number):
+    words = ["run", "recipe.yaml", "stages.train.epochs=500", "--out", number.name]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         [sys.executable, "-m", "compress.cli", *words],
@@ -159,15 +160,15 @@ def test_ctrl_c_stops_at_once_says_how_to_go_on_and_leaves_no_half(place):
     ) as process:
         assert process.stdout is not None
         assert any("train  epoch 2/500" in line for line in process.stdout)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert said.strip() == "stopped; the same command goes on from the last finished epoch"
-    assert sorted(path.name for path in (place / "runs/small/stages").iterdir()) == ["00-load", "01-train.training"]
+    assert sorted(path.name for path in (place / number.name / "stages").iterdir()) == ["00-load", "01-train.training"]
 
 
 def test_a_ctrl_c_that_python_dropped_stops_the_next_step(monkeypatch):
-    monkeypatch.setattr(cli.RichProgress, "interrupted", False)  # and again after the test
+    monkeypatch.setattr(cli.RichProgress, "interrupted", 0)  # and again after the test
     progress = cli.RichProgress(Console(file=io.StringIO()))
     with progress.steps("train", 2) as advance:
         advance("")

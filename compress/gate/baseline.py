@@ -44,6 +44,9 @@ ANEW = "write it anew: compress gate RUN --write-baseline FILE"
 Compute = Callable[[Path, np.ndarray], np.ndarray]
 """Outputs (N, ...) of a file, as it stores them, for real-valued images (N, 3, H, W)."""
 
+OF_THE_DAY = ("python_path", "venv", "disk_free_mb")
+"""Of a probe: what a baseline, which is committed, should not tell of the machine it was made on."""
+
 
 def computed_here(path: Path, images_NCHW: np.ndarray) -> np.ndarray:
     """The first output (N, ...) of a file for real-valued images, as it stores it. Raises TargetError."""
@@ -82,6 +85,9 @@ def read_baseline(path: Path) -> Record:
             sample=path.parent / answering.SAMPLE,
             goals=goals,
         )
+        for name in record.files:
+            if name in record.answers.top1 and abs(record.files[name].accuracy - record.right(name).mean()) > 1e-9:
+                raise ValueError(f"{name}: its accuracy is not that of its answers")
         strangers = [t.file for t in record.timings if t.file not in record.files]
         strangers += [name for name in record.files if name not in record.answers.top1]
         strangers += [name for name in shipped if name not in record.files]
@@ -90,6 +96,8 @@ def read_baseline(path: Path) -> Record:
         sample_sha256 = str(value["sample_sha256"])
     for name in shipped:
         unchanged(record.files[name], "restore the file, or write the baseline anew")
+        if (path.parent / name).stat().st_size != record.files[name].size_bytes:
+            raise BaselineError(path, f"names another size than {name} has", ANEW)
     if not (path.parent / answering.SAMPLE).is_file() or sha256(path.parent / answering.SAMPLE) != sample_sha256:
         raise BaselineError(path.parent / answering.SAMPLE, f"is not the sample that {path.name} names", "restore it")
     return record
@@ -139,7 +147,7 @@ def write_baseline(run: Record, path: Path, compute: Compute, *, goals: Sequence
         "files": files,
         "sample_sha256": sha256(run.sample),
         "parity": dict(run.parity),
-        "conditions": dict(run.conditions),
+        "conditions": {key: value for key, value in run.conditions.items() if key not in OF_THE_DAY},
         "timings": [
             {
                 "file": timing.file,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +125,7 @@ def _line(ours: Record, theirs: Record, file: str, goal: Goal, timed: Mapping[st
         if parent is None or own is None:
             raise BaselineError(record.place, f"has no time of the parent on {runtime}, so no speedup", "drop the goal")
         series.append((parent.rounds_ms, own.rounds_ms))
-    return [verdict.speedup(series[0], series[1], file, runtime, goal)]
+    return [verdict.speedup(series[0], series[1], file, runtime, goal, timed[file])]
 
 
 def _parity(ours: Record, theirs: Record, now: Now | None) -> list[Line]:
@@ -184,22 +184,22 @@ def _recorded(ours: Record, theirs: Record, what: Asked) -> tuple[dict[str, Time
         timed = between_recordings(
             before.rounds_ms, now.rounds_ms, control=_control(ours, theirs, file), tolerance=what.tolerance
         )
-        restless = _restless(theirs, file, what.tolerance) + _restless(ours, file, what.tolerance)
-        same = timed.how == SELF
-        found[file] = timed if same else Timed(**{**vars(timed), "noisy": (*timed.noisy, *restless)})
+        own = _restless(ours, file, what.tolerance)
+        either = () if timed.how == SELF else (*_restless(theirs, file, what.tolerance), *own)
+        found[file] = replace(timed, noisy=(*timed.noisy, *either), restless=own, unsteady=either)
     return found, []
 
 
 def _differing(ours: Record, theirs: Record) -> list[str]:
     """Why times of two recordings say nothing about files, in short sentences."""
     found = []
-    if any(ours.conditions.get(key) != theirs.conditions.get(key) for key in DEVICE):
+    keys = [key for key in DEVICE if _said(ours, key) != _said(theirs, key)]
+    if keys:
         found.append(f"the baseline is of {theirs.machine}, the run of {ours.machine}")
         if ours.machine == theirs.machine:
-            keys = [key for key in DEVICE if ours.conditions.get(key) != theirs.conditions.get(key)]
             found[-1] += f" (other {', '.join(keys)})"
     for key in SETTINGS:
-        before, now = theirs.conditions.get(key, UNAVAILABLE), ours.conditions.get(key, UNAVAILABLE)
+        before, now = _said(theirs, key), _said(ours, key)
         if before != now:
             found.append(f"{key} {before} and {now}")
     for file in theirs.shipped:
@@ -209,6 +209,10 @@ def _differing(ours: Record, theirs: Record) -> list[str]:
         elif before_ and now_ and before_.settings != now_.settings:
             found.append(f"{before_.runtime} with {before_.settings} and with {now_.settings}")
     return list(dict.fromkeys(found))
+
+
+def _said(record: Record, key: str) -> Any:
+    return record.conditions.get(key, UNAVAILABLE)
 
 
 def _control(ours: Record, theirs: Record, judged: str) -> tuple[Any, Any] | None:
@@ -260,7 +264,7 @@ def _measured(
                 row = found.pairs[0]
                 low, high = row["interval"]
                 noisy = tuple(row["reasons"]) if row["verdict"] == "NOISY" else ()
-                timed[file] = Timed(before, now, (1 / high, 1 / low), row["aa_ratio"], NOW, noisy)
+                timed[file] = Timed(before, now, (1 / high, 1 / low), row["aa_ratio"], NOW, noisy, noisy)
     if "parity" in what.only:
         assert theirs.sample is not None
         images_NCHW = np.load(theirs.sample, allow_pickle=False)

@@ -18,7 +18,7 @@ from compress.gate.goals import Goal
 from compress.gate.timing import Rounds
 from compress.targets.agent import sha256
 
-DEVICE = ("board", "cpu", "arch", "features")
+DEVICE = ("board", "cpu", "arch", "features", "emulator")
 """Of the conditions of a benchmark: what makes times of two machines incomparable."""
 SETTINGS = ("threads", "cores_used", "batch")
 """How the machine was asked."""
@@ -177,9 +177,10 @@ def _benchmark(
         return [], {}, []
     facts, samples = read_json(folder / "manifest.json"), _read(folder / "samples.json")
     timings: dict[tuple[str, str], dict[str, Any]] = {}
+    with understood(folder / "manifest.json", "run its recipe again"):
+        on_target = target_facts(facts["metrics"].get("accuracy", []))
     with understood(folder / "samples.json", "run its recipe again"):
         conditions = dict(facts["metrics"]["conditions"])
-        on_target = target_facts(facts["metrics"].get("accuracy", []))
         for process in samples:
             if process["file"] not in files:
                 continue
@@ -222,8 +223,13 @@ def parity_facts(verified: Mapping[str, Any]) -> dict[str, Any]:
 
 def target_facts(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What is kept of a benchmark's comparison of machines, checked."""
-    numbers = ("differing", "outputs", "max_lsb")
-    return [{"file": str(one["file"])} | {key: int(one[key]) for key in numbers if key in one} for one in found]
+    counts, sizes = ("differing", "outputs"), ("max_lsb", "max_difference", "largest_steps")
+    return [
+        {"file": str(one["file"])}
+        | {key: int(one[key]) for key in counts}
+        | {key: float(one[key]) for key in sizes if one.get(key) is not None}
+        for one in found
+    ]
 
 
 def said(settings: Mapping[str, Any]) -> str:

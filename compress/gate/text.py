@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compress.gate.goals import Goal, parse
+from compress.gate.goals import GROUPS, METRICS, Goal, parse
 from compress.gate.paired import paired
 from compress.gate.record import DEVICE, SETTINGS, Record
 from compress.gate.timing import NOW, between_recordings, median_ms
 from compress.gate.verdict import Judgement, Line
+from compress.targets.agent import UNAVAILABLE
 
 Rows = list[dict[str, str]]
 """A table: equal keys, its header."""
 
 MEANING = {
     "NOISY": "cannot be judged",
-    "INFEASIBLE": "not as good as asked for, though no worse than before",
+    "INFEASIBLE": "not as good as asked for, and not provably worse than before",
     "REGRESSION": "worse than the goal allows",
 }
 
@@ -25,7 +26,9 @@ def headline(judgement: Judgement) -> str:
     """The verdict on one line, with what it rests on."""
     verdict = judgement.verdict
     if verdict == "ACCEPT":
-        return "ACCEPT: every goal holds"
+        judged = {METRICS[line.metric].group if line.metric in METRICS else line.metric for line in judgement.lines}
+        left_out = [group for group in GROUPS if group not in judged]
+        return "ACCEPT: every goal holds" + (f" ({', '.join(left_out)} not judged)" if left_out else "")
     guilty = [line for line in judgement.lines if line.verdict == verdict]
     told = ", ".join(
         f"{line.metric} of {line.file}" + (f" ({change(line)})" if change(line) else "") for line in guilty
@@ -36,7 +39,7 @@ def headline(judgement: Judgement) -> str:
 def delta_rows(judgement: Judgement) -> Rows:
     """Each judged file: accuracy, speed and size now, and what changed; the speed's header names what was timed on."""
     run, baseline = judgement.run, judgement.baseline
-    arch = judgement.conditions.get("arch", "")
+    arch, emulated = judgement.conditions.get("arch", ""), _emulator(judgement.conditions)
     found = []
     for name in baseline.shipped:
         before, now = baseline.files[name], run.files[name]
@@ -47,8 +50,11 @@ def delta_rows(judgement: Judgement) -> Rows:
         if name in judgement.times:
             timed = judgement.times[name]
             p50_ms = median_ms(timed.candidate)
-            row[f"fps on {arch}"] = f"{1000 / p50_ms:.1f} ({100 * (1 / timed.ratio - 1):+.1f} %)"
-            row["median"] = f"{shown('latency', p50_ms)} ({100 * (timed.ratio - 1):+.1f} %)"
+            if not emulated:
+                row[f"fps on {arch}"] = f"{1000 / p50_ms:,.1f} ({100 * (1 / timed.ratio - 1):+.1f} %)"
+            row["median, emulated" if emulated else "median"] = (
+                f"{shown('latency', p50_ms)} ({100 * (timed.ratio - 1):+.1f} %)"
+            )
         row["size"] = f"{shown('size', float(now.size_bytes))} ({100 * (bytes_ - 1):+.1f} %)"
         found.append(row)
     return found
@@ -112,7 +118,8 @@ def conditions(judgement: Judgement) -> list[str]:
         lines.append("asked: " + ", ".join(f"{key} {value}" for key, value in asked.items()))
         aa = [line.facts["aa_ratio"] for line in judgement.lines if line.facts.get("aa_ratio")]
         if aa:
-            lines.append("A/A control (1 is perfect): " + ", ".join(f"{value:.3f}" for value in dict.fromkeys(aa)))
+            control = "A/A control" if judgement.timed == NOW else "unchanged file, this recording over the baseline's"
+            lines.append(f"{control} (1 is perfect): " + ", ".join(f"{value:.3f}" for value in dict.fromkeys(aa)))
     used = dict.fromkeys((run.files[file].runtime, run.files[file].version) for file in baseline.shipped)
     lines.append("runtimes: " + ", ".join(f"{runtime} {version}" for runtime, version in used))
     lines += [f"note: {note}" for note in judgement.notes]
@@ -149,6 +156,11 @@ def comparison_notes(a: Record, b: Record) -> list[str]:
         notes.append(f"{(a if not a.timings else b).place} has no times")
     elif not _same_machine(a, b):
         notes.append(f"times are of different machines or settings ({a.machine}; {b.machine}): no ratio of them")
+    elif a.timings != b.timings:
+        notes.append(
+            "times are of two recordings, where a slower day looks like a slower file;"
+            " `compress gate --measure` times both in turns"
+        )
     for one, other in ((a, b), (b, a)):
         alone = [name for name in one.files if name not in other.files]
         if alone:
@@ -251,7 +263,8 @@ def _comparison_row(a: Record, b: Record, name: str) -> dict[str, str]:
     timings = [record.timing(name) for record in (a, b)]
     medians = [median_ms(timing.rounds_ms) if timing else None for timing in timings]
     row["median ms"] = " → ".join(f"{value:.4g}" if value else "–" for value in medians)
-    row["fps"] = " → ".join(f"{1000 / value:.0f}" if value else "–" for value in medians)
+    if not (_emulator(a.conditions) or _emulator(b.conditions)):
+        row["fps"] = " → ".join(f"{1000 / value:.0f}" if value else "–" for value in medians)
     ratio = _ratio(a, b, name)
     row["Δ ms %"] = ""
     if ratio:
@@ -276,13 +289,22 @@ def _same_images(a: Record, b: Record) -> bool:
 
 
 def _same_machine(a: Record, b: Record) -> bool:
-    return all(a.conditions.get(key) == b.conditions.get(key) for key in (*DEVICE, *SETTINGS))
+    keys = (*DEVICE, *SETTINGS)
+    return all(a.conditions.get(key, UNAVAILABLE) == b.conditions.get(key, UNAVAILABLE) for key in keys)
 
 
 def _machine(found: Mapping[str, Any]) -> str:
     name = found.get("machine") or found.get("cpu") or "an unnamed machine"
     told = f"{name} ({found.get('arch', 'unknown')})"
+    if _emulator(found):
+        return f"{told}, emulated by {_emulator(found)}: no board's times, not ARM fps"
     return told if found.get("is_arm") else f"{told}, which is no ARM machine"
+
+
+def _emulator(found: Mapping[str, Any]) -> str:
+    """Empty for a machine that is one."""
+    name = str(found.get("emulator") or UNAVAILABLE)
+    return "" if name == UNAVAILABLE else name
 
 
 def _identity(record: Record) -> dict[str, Any]:

@@ -37,6 +37,11 @@ class Timed:
     """NOW, APART or SELF."""
     noisy: tuple[str, ...] = field(default=())
     """Why the two cannot be compared, in sentences."""
+    restless: tuple[str, ...] = field(default=())
+    """Why the candidate's own times are not to be believed: all that counts against a number."""
+
+    unsteady: tuple[str, ...] = field(default=())
+    """Why either recording is not to be believed by itself."""
 
     @property
     def ratio(self) -> float:
@@ -81,7 +86,7 @@ def between_recordings(
     """
     how = APART
     if [list(samples) for samples in baseline] == [list(samples) for samples in candidate]:
-        return Timed(baseline, candidate, (1.0, 1.0), 1.0, SELF)  # the baseline was made of this very run
+        return Timed(baseline, candidate, (1.0, 1.0), None, SELF)  # the baseline was made of this very run
     # The two did not run side by side, so their rounds are drawn apart.
     ratios = resampled_medians(candidate, seed=seed) / resampled_medians(baseline, seed=seed + 1)
     low, high = interval_of(ratios)

@@ -20,6 +20,7 @@ from compress.gate.goals import THRESHOLD, Goal
 from compress.gate.paired import CONFIDENCE, paired
 from compress.gate.record import File, Record
 from compress.gate.timing import Rounds, Timed, interval_of, median_ms, resampled_medians
+from compress.targets.outputs import HUGE, output_step
 
 Verdict = Literal["ACCEPT", "NOISY", "INFEASIBLE", "REGRESSION"]
 ORDER: tuple[Verdict, ...] = ("ACCEPT", "NOISY", "INFEASIBLE", "REGRESSION")
@@ -29,10 +30,6 @@ EXIT_STATUS: Mapping[Verdict, int] = {"ACCEPT": 0, "REGRESSION": 3, "INFEASIBLE"
 SIGNIFICANT = 1 - CONFIDENCE
 PARITY_LSB = 1
 """How far an int8 output may be from the recorded one on another machine: what verify allows two runtimes."""
-
-
-HUGE = 1e30
-"""In place of differences that are no numbers, which JSON does not have."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,8 @@ def accuracy(baseline: Record, run: Record, file: str, goal: Goal) -> Line:
     """On the same images, in the same order: the caller has made sure.
 
     A loss beyond the bound is a REGRESSION where McNemar's test finds it significant, else NOISY: a few images more or
-    less happen by chance. What misses a threshold or an improvement without a significant loss is INFEASIBLE.
+    less happen by chance; so an improvement that was asked for must be significant, too. What misses a threshold or an
+    improvement without a significant loss is INFEASIBLE.
     """
     pair = paired(baseline=baseline.right(file), candidate=run.right(file))
     before, now, bound = pair.baseline, pair.candidate, goal.bound(pair.baseline)
@@ -120,10 +118,12 @@ def accuracy(baseline: Record, run: Record, file: str, goal: Goal) -> Line:
     significant = pair.p_value < SIGNIFICANT
     told = f"{pair.gained} images gained, {pair.lost} lost of {pair.images}, McNemar's p {_p(pair.p_value)}"
     verdict: Verdict
-    if now >= bound:
+    if now >= bound and goal.type.endswith("min-improvement") and not significant:
+        verdict, reason = "NOISY", f"reached, but {pair.images} images cannot tell it from chance: {told}"
+    elif now >= bound:
         verdict, reason = "ACCEPT", told
     elif significant and pair.difference < 0:
-        verdict, reason = "REGRESSION", f"worse than the goal allows, and not by chance: {told}"
+        verdict, reason = "REGRESSION", f"beyond the goal, and the loss is not chance: {told}"
     elif goal.allows_loss:
         verdict = "NOISY"
         reason = f"worse than the goal allows, but {pair.images} images cannot tell it from chance: {told}"
@@ -163,10 +163,14 @@ def times(timed: Timed, file: str, runtime: str, goal: Goal) -> Line:
     if goal.metric == "fps":
         before, now, low, high = 1000 / before, 1000 / now, 1000 / high, 1000 / low
     facts = {"ratio": timed.ratio, "ratio_interval": list(timed.interval), "aa_ratio": timed.aa_ratio, "how": timed.how}
-    return _timed_line(goal, file, runtime, before, now, (low, high), timed.noisy, facts)
+    return _timed_line(
+        goal, file, runtime, before, now, (low, high), timed.restless if goal.type == THRESHOLD else timed.noisy, facts
+    )
 
 
-def speedup(baseline: tuple[Rounds, Rounds], run: tuple[Rounds, Rounds], file: str, runtime: str, goal: Goal) -> Line:
+def speedup(
+    baseline: tuple[Rounds, Rounds], run: tuple[Rounds, Rounds], file: str, runtime: str, goal: Goal, timed: Timed
+) -> Line:
     """Over the parent, each in its own recording: (the parent's samples, the file's)."""
     before, now = (median_ms(parent) / median_ms(own) for parent, own in (baseline, run))
     found = [
@@ -175,7 +179,8 @@ def speedup(baseline: tuple[Rounds, Rounds], run: tuple[Rounds, Rounds], file: s
     ]
     values = found[1] if goal.type == THRESHOLD else before * found[1] / found[0]
     interval = (now, now) if baseline == run and goal.type != THRESHOLD else interval_of(values)
-    return _timed_line(goal, file, runtime, before, now, interval, (), {"how": "each against its own parent"})
+    noisy = timed.restless if goal.type == THRESHOLD else timed.unsteady
+    return _timed_line(goal, file, runtime, before, now, interval, noisy, {"how": "each against its own parent"})
 
 
 def parity(run: Record, baseline: Record) -> Line:
@@ -205,10 +210,12 @@ def parity(run: Record, baseline: Record) -> Line:
 def target_parity(file: str, runtime: str, found: Mapping[str, Any], target: str) -> Line:
     """What the run's benchmark saw when the target and the host computed the same images with one file."""
     differing, outputs = int(found["differing"]), int(found["outputs"])
-    largest = float(found.get("max_lsb", 0))  # floats are rounded by each CPU in its own way
+    largest = float(found.get("max_lsb", found.get("largest_steps", 0)))
+    if "cpu" in found:
+        target = f"emulated {found['cpu']}"
     reason = f"{differing} of {outputs} outputs on {target} differ from the host's"
-    reason += f", by up to {largest:g} LSB" if largest else ""
-    verdict: Verdict = "ACCEPT" if largest <= PARITY_LSB else "REGRESSION"
+    reason += f", by up to {largest:.3g} LSB" if largest else ""
+    verdict: Verdict = "ACCEPT" if largest <= PARITY_LSB + 1e-3 else "REGRESSION"
     facts = {"differing": differing, "outputs": outputs, "largest": largest}
     return Line("parity", file, runtime, verdict, "", reason, 0.0, float(differing), facts=facts)
 
@@ -243,15 +250,9 @@ def same_outputs(file: File, computed_NK: np.ndarray, where: str) -> Line:
 
 
 def _step(kind: str, outputs_NK: np.ndarray) -> tuple[float, str]:
-    """In what differences of outputs are told: steps of an int8 grid, or parts of the largest float.
-
-    An int8 ONNX file gives real values, multiples of its grid's step: the smallest gap between two of them.
-    """
-    if outputs_NK.dtype.kind != "f":
-        return 1.0, "LSB"
-    gaps = np.diff(np.unique(outputs_NK.astype(np.float64)))
-    if kind == "int8" and gaps.size:
-        return float(gaps.min()), "LSB"
+    """In what differences of outputs are told: steps of an int8 grid, or parts of the largest float."""
+    if kind == "int8" or outputs_NK.dtype.kind != "f":
+        return output_step(outputs_NK), "LSB"
     return max(float(np.abs(outputs_NK).max()), 1e-30), "of the largest"
 
 
@@ -270,7 +271,7 @@ def _timed_line(
     words = {
         "ACCEPT": f"within the goal: {change}",
         "NOISY": f"the interval holds both good and bad: {change}",
-        "INFEASIBLE": f"not reached, and not lost either: {change}",
+        "INFEASIBLE": f"not reached, without a proven loss: {change}",
         "REGRESSION": f"worse than the goal allows on the whole interval: {change}",
     }
     reason = "; ".join(noisy) or words[verdict]

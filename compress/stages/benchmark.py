@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -21,8 +20,8 @@ from compress.stages.export import KINDS
 from compress.targets import Comparison, Machine, Measuring, Runtime, asking, is_emulated, open_target
 from compress.targets.agent import SUFFIXES, UNAVAILABLE, sha256
 from compress.targets.asking import RUNTIMES, Answers
-from compress.targets.emulated.parity import compared
 from compress.targets.journal import MACHINE
+from compress.targets.outputs import compared
 
 ACCURACY_IMAGES = 64
 """On a board: a class more or less is seen in accuracy only on many, a wrong kernel on few."""
@@ -91,7 +90,7 @@ class Benchmark(Settings):
                 measuring,
                 journal=kept.path.with_suffix(".jsonl"),
                 on_process=advance,
-                on_resume=run.progress.note,
+                on_note=run.progress.note,
             )
         rows = [row | {"sampled_s": _sampled_s(row, comparison)} for row in comparison.rows]
         return dataclasses.asdict(comparison) | {"rows": rows, "conditions": _conditions(comparison)}
@@ -110,7 +109,7 @@ class Benchmark(Settings):
             for name, path in chosen.items():
                 there = asking.answers(machine, path, images_NCHW, labels_N)
                 here = asking.answers(host, path, images_NCHW, labels_N)
-                found.append({"file": name, **agreement(there, here)})
+                found.append({"file": name, **agreement(there, here, int8=Path(name).stem == "int8")})
                 advance(f"{name} {found[-1]['differing']} of {found[-1]['outputs']} outputs differ")
         return found
 
@@ -136,7 +135,7 @@ class Benchmark(Settings):
         images_NCHW = sample_images(run.data, count, run.seed)[0] if count else None
         cpus = emulated.parse(run.target)
         found = emulated.examine(files, images_NCHW, cpus=cpus, runtimes=self.runtimes, progress=run.progress)
-        parity = [_finite(entry) for entry in found["parity"]]
+        parity = found["parity"]
         for note in [*self._unread(files), *map(difference, parity)]:
             if note:
                 run.progress.note(note)
@@ -160,27 +159,21 @@ class Benchmark(Settings):
         return self.cores if isinstance(self.cores, str) else ",".join(map(str, self.cores))
 
 
-def agreement(there: Answers, here: Answers) -> dict[str, Any]:
+def agreement(there: Answers, here: Answers, *, int8: bool = False) -> dict[str, Any]:
     """How many outputs of a file differ between two machines, and by how much: in LSB where they are integers."""
-    found = compared(there.outputs_NK, here.outputs_NK)
+    found = compared(there.outputs_NK, here.outputs_NK, int8=int8)
     return {
         "runtime": there.facts["runtime"],
         "images": there.images,
         "correct": there.correct,
         "accuracy": None if there.correct is None else there.correct / there.images,
         "host_accuracy": None if here.correct is None else here.correct / here.images,
-        **_finite(found),
+        **found,
         "equal": found["differing"] == 0,
         "board_version": there.facts["version"],
         "host_version": here.facts["version"],
         "host_sha256": here.facts["outputs_sha256"],
     }
-
-
-def _finite(found: Mapping[str, Any]) -> dict[str, Any]:
-    """With None for a largest difference that is no number, because an output is none."""
-    largest = found["max_difference"]
-    return {**found, "max_difference": largest if largest is not None and math.isfinite(largest) else None}
 
 
 def difference(sample: Mapping[str, Any]) -> str:
@@ -190,7 +183,7 @@ def difference(sample: Mapping[str, Any]) -> str:
     """
     if not sample["differing"] or (sample["max_lsb"] is None and Path(sample["file"]).stem != "int8"):
         return ""
-    largest = f"{sample['max_lsb']} LSB" if sample["max_lsb"] is not None else f"{sample['max_difference']}"
+    largest = f"{sample['max_lsb']} LSB" if sample["max_lsb"] is not None else f"{sample['largest_steps']:.3g} LSB"
     if "cpu" in sample:
         place = f"{sample['runtime']} on an emulated {sample['cpu']}"
     else:

@@ -700,6 +700,10 @@ class Timing:
     """The clock right after the last sample."""
 
 
+SIGN_OF_LIFE_S, ALIVE = 60.0, "measuring:"
+"""How often a long measurement says that it goes on, and how: who listens ends an agent that is silent for long."""
+
+
 def measure(model: Model, arrays: Sequence[np.ndarray], *, runs: int, warmup_s: float, min_s: float) -> Timing:
     """The first inference and, after the warm-up, at least `runs` samples over at least `min_s` seconds.
 
@@ -714,8 +718,12 @@ def measure(model: Model, arrays: Sequence[np.ndarray], *, runs: int, warmup_s: 
     gc.disable()  # a collection in the middle of a sample is Python's time, not the network's
     try:
         begin_cpu_s, end = time.process_time(), time.perf_counter() + min_s
+        tell = time.perf_counter() + SIGN_OF_LIFE_S
         while len(timing.samples_ms) < runs or time.perf_counter() < end:
             timing.samples_ms.append(_inference_ms(model, arrays[len(timing.samples_ms) % len(arrays)]))
+            if time.perf_counter() > tell:
+                tell += SIGN_OF_LIFE_S
+                _say(f"{ALIVE} {len(timing.samples_ms)} samples")
         timing.mhz = _clock_mhz()
         timing.cpu_s = time.process_time() - begin_cpu_s
     finally:
@@ -899,6 +907,9 @@ def summary(processes: Sequence[dict[str, Any]], *, tolerance: float = 0.05, see
     }
 
 
+WIDEST = 2.0
+
+
 def judge(
     baseline: Rounds,
     candidate: Rounds,
@@ -910,15 +921,19 @@ def judge(
 ) -> dict[str, Any]:
     """Speed-up of `candidate` over `baseline` with its interval, and whether to believe it.
 
-    NOISY for each of `reasons`, and when the baseline differs from its `control` by more than `tolerance`.
+    NOISY for each of `reasons`, when the baseline differs from its `control` by more than `tolerance`, and when the
+    interval's ends are further apart than a factor of `WIDEST`.
     """
     aa_ratio = _median(baseline) / _median(control)
+    low, high = ratio_interval(baseline, candidate, seed=seed)
     reasons = list(reasons)
+    if high > WIDEST * low:
+        reasons.append(f"the interval goes from {low:.2f} to {high:.2f}")
     if max(aa_ratio, 1 / aa_ratio) > 1 + tolerance:
         reasons.insert(0, f"the baseline against itself gave {aa_ratio:.3f}")
     return {
         "speedup": _median(baseline) / _median(candidate),
-        "interval": list(ratio_interval(baseline, candidate, seed=seed)),
+        "interval": [low, high],
         "aa_ratio": aa_ratio,
         "verdict": "NOISY" if reasons else "OK",
         "reasons": reasons,
@@ -1111,25 +1126,43 @@ def _fresh_time(file: Path, runtime: str, asked: dict[str, Any], launcher: list[
     words = [f"--{name.replace('_', '-')}={value}" for name, value in asked.items()]
     command = [*launcher, os.path.abspath(__file__), "time", str(file), f"--runtime={runtime}", *words]
     place = f"{file.name} on {runtime}"
+    pipe = subprocess.PIPE
+    lines: list[str] = []
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, errors="replace"
+        )
     except OSError as error:
         raise AgentError(f"{place}: cannot start {launcher[0]}: {error.strerror}; say how with --launcher") from error
-    said = [line for line in done.stderr.splitlines() if line.strip()] or ["nothing"]
-    number = -done.returncode if done.returncode < 0 else done.returncode - 128  # a launcher's shell adds 128
+
+    def listen(stream: Iterable[str]) -> None:
+        for line in stream:
+            lines.append(line.rstrip())
+            if line.startswith(f"agent: {ALIVE}"):
+                _say(f"{place}: {line.strip()}")
+
+    listener = threading.Thread(target=listen, args=(child.stderr,), daemon=True)
+    listener.start()
+    with child:
+        assert child.stdout is not None
+        answer = child.stdout.read()
+        returncode = child.wait()
+        listener.join()
+    said = [line for line in lines if line.strip()] or ["nothing"]
+    number = -returncode if returncode < 0 else returncode - 128  # a launcher's shell adds 128
     if number in set(signal.Signals):
         hint = "; too little memory?" if number == signal.SIGKILL else ""
         name = signal.Signals(number).name
         raise AgentError(f"{place}: its process was ended by {name}{hint}; it last said: {said[-1]}")
-    if done.returncode and said[-1].startswith("agent: error: "):
+    if returncode and said[-1].startswith("agent: error: "):
         told = said[-1].removeprefix("agent: error: ")
         raise AgentError(told.replace(str(file), file.name) if told.startswith(str(file)) else f"{place}: {told}")
     try:
-        if not done.returncode:
-            return json.loads(done.stdout.splitlines()[-1])
+        if not returncode:
+            return json.loads(answer.splitlines()[-1])
     except (IndexError, ValueError):
         pass
-    raise AgentError(f"{place}: its process ended with status {done.returncode}, no result; it last said: {said[-1]}")
+    raise AgentError(f"{place}: its process ended with status {returncode}, no result; it last said: {said[-1]}")
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -1267,6 +1300,8 @@ def _load(path: str, what: str) -> np.ndarray:
 def _save(path: Path, array: np.ndarray) -> None:
     """Writes all of it or nothing."""
     part = path.with_name(f"{path.name}.part")
+    if path.exists() and not path.is_file():  # a device would be replaced by a file
+        raise AgentError(f"{path}: is no file that could be replaced")
     try:
         with open(part, "wb") as file:
             # Not the file itself: numpy would write past Python, and a full disk would be an error without a name.
@@ -1347,7 +1382,7 @@ def _parser() -> argparse.ArgumentParser:
     runner.add_argument("--labels", help="class numbers, .npy; counts the images that are right")
 
     sustainer.add_argument("--minutes", type=_seconds, default=5.0)
-    sustainer.add_argument("--every-s", type=_seconds, default=5.0, help="seconds of each point")
+    sustainer.add_argument("--every-s", type=_some_seconds, default=5.0, help="seconds of each point")
     return parser
 
 
@@ -1365,6 +1400,13 @@ def _seconds(text: str) -> float:
     if not re.fullmatch(r"\d+\.?\d*(e-?\d+)?|\.\d+", text):
         raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
     return float(text)
+
+
+def _some_seconds(text: str) -> float:
+    seconds = _seconds(text)
+    if not seconds:
+        raise argparse.ArgumentTypeError("must be more than 0")
+    return seconds
 
 
 def _cores(text: str) -> str:

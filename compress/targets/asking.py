@@ -15,7 +15,7 @@ import numpy as np
 
 from compress.errors import TargetError
 from compress.targets.agent import SUFFIXES, Slot, schedule, sha256
-from compress.targets.journal import MACHINE, Journal
+from compress.targets.journal import MACHINE, Journal, own_journal
 from compress.targets.local import open_model
 from compress.targets.machine import Machine, OnLine
 
@@ -114,12 +114,12 @@ def compare(
     *,
     journal: Path | None = None,
     on_process: Callable[[str], None] | None = None,
-    on_resume: Callable[[str], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> Comparison:
     """Every file on the runtimes that read its kind; the first file of each runtime is the others' baseline.
 
     `on_process` hears a short text for each of `measuring.slots(files)`. What is measured is kept in `journal` until
-    all is; with a journal that an earlier attempt left, only the rest is measured, and `on_resume` hears a sentence on
+    all is; with a journal that an earlier attempt left, only the rest is measured, and `on_note` hears a sentence on
     it. Raises TargetError when the machine cannot measure, or no file fits.
     """
     slots = measuring.slots(files)
@@ -140,31 +140,37 @@ def compare(
     with contextlib.ExitStack() as stack:
         kept, done = None, list[str]()
         if journal is not None:
-            found = probe(machine)
-            asked = {
-                "files": [[name, sha256(path)] for name, path in files.items()],
-                "options": measuring.words,
-                "machine": {key: found.get(key) for key in MACHINE} | {"name": machine.name},
-            }
-            kept = Journal.open(journal, asked)
-            if kept.lines:
-                if on_resume:
-                    on_resume(f"{len(kept.lines)} of {len(slots)} processes were measured before, from {kept.begun} on")
-                for line in kept.lines:
-                    heard(line)
-                lines = "".join(json.dumps(line) + "\n" for line in kept.lines)
-                done = [f"--done={machine.put(stack.enter_context(_written(lines.encode(), '.jsonl')))}"]
+            taken = stack.enter_context(own_journal(journal))
+            if not taken:
+                kept = Journal.open(journal, _asked(machine, files, measuring))
+            elif on_note:
+                on_note(f"What is measured is not kept, an interruption would lose it ({taken}).")
+        if kept is not None and kept.lines:
+            if on_note:
+                on_note(f"{len(kept.lines)} of {len(slots)} processes were measured before, from {kept.begun} on")
+            for line in kept.lines:
+                heard(line)
+            lines = "".join(json.dumps(line) + "\n" for line in kept.lines)
+            done = [f"--done={machine.put(stack.enter_context(_written(lines.encode(), '.jsonl')))}"]
 
         def measured(line: dict[str, Any]) -> None:
             if kept is not None and "process" in line:
                 kept.keep(line)
             heard(line)
 
-        found = machine.ask(
-            ["compare", *(machine.put(path) for path in files.values()), *measuring.words, *done],
-            about=f"benchmark on {machine.name}",
-            on_line=measured,
-        )
+        try:
+            found = machine.ask(
+                ["compare", *(machine.put(path) for path in files.values()), *measuring.words, *done],
+                about=f"benchmark on {machine.name}",
+                on_line=measured,
+            )
+        except TargetError as error:
+            if kept is None or not kept.lines:
+                raise
+            way_out = f"{len(kept.lines)} of {len(slots)} processes are kept, the same command goes on"
+            raise TargetError(error.place, error.problem, f"{error.way_out}; {way_out}".lstrip("; ")) from error
+        if kept is not None:
+            kept.forget()
     # A line of the journal that the agent did not take, for another version of the runtime, has come a second time.
     by_slot = {(p["round"], p["runtime"], p["index"], p["control"]): p for p in processes}
     processes = [by_slot[slot.round, slot.runtime, slot.index, slot.control] for slot in slots]
@@ -173,9 +179,17 @@ def compare(
         {**pair, "baseline": names[pair["baseline_index"]], "candidate": names[pair["candidate_index"]]}
         for pair in found["pairs"]
     ]
-    if kept is not None:
-        kept.forget()
     return Comparison({"target": machine.name, **found["conditions"]}, rows, pairs, processes)
+
+
+def _asked(machine: Machine, files: Mapping[str, Path], measuring: Measuring) -> dict[str, Any]:
+    """What a journal is of."""
+    found = probe(machine)
+    return {
+        "files": [[name, sha256(path)] for name, path in files.items()],
+        "options": measuring.words,
+        "machine": {key: found.get(key) for key in MACHINE} | {"name": machine.name},
+    }
 
 
 def answers(

@@ -27,6 +27,7 @@ import select
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -40,12 +41,21 @@ SILENCE_S = 180
 """The host is gone when it has said nothing for so long: it says something every 20 s."""
 
 DAY_S = 86_400
+FRESH_S = 60
+"""A job takes its lock within this time of its folder's making."""
 KEPT_BYTES = 1 << 30
 """Of files kept for the next time; the longest unused go first."""
 RECENT_S = 3600
 """A file used within this time may be in use by another host's job: it is not removed for room."""
 BLOCK = 1 << 16
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+SETUP_LOCK = "setup.lock"
+LOCK_WAIT_S = 0.2
+"""Between two attempts at a lock that another process holds."""
+WAITING = "waiting for another set-up"
+WAITING_S = 60
+"""How often that is said: the host takes silence for a fault."""
 
 PACKAGES = {"onnxruntime": ("onnxruntime",), "litert": ("ai_edge_litert", "tflite_runtime"), "ncnn": ("ncnn",)}
 """Modules that provide a runtime, as in `agent.py`."""
@@ -131,7 +141,8 @@ class Board:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._remove_leftovers()
         self.job = Path(tempfile.mkdtemp(dir=self.jobs))
-        self.lock = _locked(self.job)
+        self.lock = os.open(self.job, os.O_RDONLY)  # held, and with it the lock, as long as this process lives
+        _lock(self.lock)
         self.venv = base / f"venv-{sys.version_info[0]}.{sys.version_info[1]}"
         self.used: set[Path] = set()
         self.upload: Upload | None = None
@@ -141,16 +152,29 @@ class Board:
         self.make_room(0)
 
     def _remove_leftovers(self) -> None:
-        """What a board that lost power in the middle of a job has kept of it."""
-        before = time.time() - DAY_S
-        for path in [*self.jobs.iterdir(), *self.files.glob(".*.part")]:
+        """What a board that lost power in the middle of a job, or whose memory ran out, has kept of it.
+
+        A living job holds a lock. Where the file system has no locks, and for uploads, which hold none, a day decides.
+        """
+        now = time.time()
+        for path in self.files.glob(".*.part"):
             with contextlib.suppress(OSError):
-                if path.stat().st_mtime > before:
-                    continue
-                lock = _locked(path)
-                if lock is not None:
-                    os.close(lock)
-                    _remove(path)
+                if now - path.stat().st_mtime > DAY_S:
+                    path.unlink()
+        for path in self.jobs.iterdir():
+            with contextlib.suppress(OSError):
+                age_s = now - path.stat().st_mtime
+                if age_s > FRESH_S:  # else our attempt may come between the job and its lock
+                    self._remove_unless_living(path, age_s)
+
+    def _remove_unless_living(self, job: Path, age_s: float) -> None:
+        handle = os.open(job, os.O_RDONLY)
+        try:
+            dead = _lock(handle)
+            if dead or (dead is None and age_s > DAY_S):
+                _remove(job)
+        finally:
+            os.close(handle)
 
     # ------------------------------------------------------------------------------------------------ files
 
@@ -198,22 +222,33 @@ class Board:
     def make_room(self, size: int) -> None:
         """Removes the longest unused files: down to the limit, and further where `size` bytes would not fit."""
         free = shutil.disk_usage(self.files).free
-        found = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in self.files.iterdir())
+        found = []
+        for path in self.files.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # another job's upload has got its name, or is given up
+                facts = path.stat()
+                found.append((facts.st_mtime, facts.st_size, path))
+        found.sort()
         kept = sum(length for _, length, _ in found)
         for used, length, path in found:
             if kept + size <= KEPT_BYTES and size <= free:
                 return
             if path not in self.used and time.time() - used > RECENT_S:
-                path.unlink()
-                kept, free = kept - length, free + length
+                with contextlib.suppress(FileNotFoundError):  # another job makes room as well
+                    path.unlink()
+                    kept, free = kept - length, free + length
         if size > free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.files))
 
     def remove(self) -> dict[str, Any]:
-        """Removes everything of ours, also what other jobs use; nothing can be asked after it."""
-        size = sum(path.lstat().st_size for path in self.base.rglob("*"))
-        for path in (self.files, self.jobs, *self.base.glob("venv-*")):
+        """Removes everything of ours, also what other jobs use; nothing can be asked after it.
+
+        `bytes` counts the files that are gone, not their folders.
+        """
+        ours = (self.files, self.jobs, *self.base.glob("venv-*"), self.base / SETUP_LOCK)
+        size = sum(_bytes(path) for path in ours)
+        for path in ours:
             _remove(path)
+        size -= sum(_bytes(path) for path in ours)
         with contextlib.suppress(OSError):  # not empty: what else lies there is not ours
             self.base.rmdir()
         return {"bytes": size}
@@ -252,7 +287,36 @@ class Board:
         return {"status": status, "killed_for_memory": killed > 0, "disk": _disk(self.job)}
 
     def setup(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The environment with numpy and the runtimes; each step is said before it is done."""
+        """The environment with numpy and the runtimes; each step is said before it is done.
+
+        One at a time on a board: the next one finds what is there.
+        """
+        with self._alone():
+            return self._made(request)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Waits while another process holds the lock of the set-up, until the host stops it."""
+        handle, said_at = self._setup_lock(), 0.0
+        try:
+            while _lock(handle) is False:
+                if self.stopped:
+                    raise RefusedError("stopped")
+                if not said_at or time.monotonic() - said_at > WAITING_S:
+                    self.say({"said": WAITING})
+                    said_at = time.monotonic()
+                time.sleep(LOCK_WAIT_S)
+                if not os.fstat(handle).st_nlink:  # everything was removed meanwhile
+                    os.close(handle)
+                    handle = self._setup_lock()
+            yield
+        finally:
+            os.close(handle)
+
+    def _setup_lock(self) -> int:
+        return os.open(self.base / SETUP_LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+
+    def _made(self, request: dict[str, Any]) -> dict[str, Any]:
         python = self.venv / "bin" / "python"
         if not (self.venv / "made").exists() or self.modules(str(python)) is None:
             if not (importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")):
@@ -469,17 +533,15 @@ def _act(board: Board, request: dict[str, Any], inbox: Inbox, outbox: Outbox) ->
         outbox.say(answered(works[name], request))
 
 
-def _locked(path: Path) -> int | None:
-    """A lock on the folder or file that lasts as long as this process; None where another one holds it."""
-    handle = os.open(path, os.O_RDONLY)
+def _lock(handle: int) -> bool | None:
+    """Whether the file's lock is ours now, as long as it is open; None where the file system has no locks."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(handle)
+        return False
+    except OSError:
         return None
-    except OSError:  # no locks on this file system: age alone decides
-        pass
-    return handle
+    return True
 
 
 def _remove(path: Path) -> None:
@@ -488,6 +550,16 @@ def _remove(path: Path) -> None:
     else:
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def _bytes(path: Path) -> int:
+    """Of the file, or of all files in the folder; 0 for what is not there."""
+    size = 0
+    for found in (path, *path.rglob("*")):
+        with contextlib.suppress(OSError):  # removed meanwhile
+            facts = found.lstat()
+            size += 0 if stat.S_ISDIR(facts.st_mode) else facts.st_size
+    return size
 
 
 def _sha256(path: Path) -> str:

@@ -16,6 +16,7 @@ import os
 import queue
 import re
 import secrets
+import signal
 import subprocess
 import threading
 import time
@@ -340,13 +341,15 @@ class Connection:
         last = f": {errors[-1].rstrip('.')}" if errors else ""
         if status == 255 or status < 0:
             problem = f"the connection to {self.address.host} dropped{last}"
-            return TargetError(about, problem, "the same command goes on from what was measured")
+            return TargetError(about, problem, "run the same command again")
         way_out = f"does `ssh {self.address.shown} python3 -V` work?"
         return TargetError(about, f"Python on the board ended with status {status}{last}", way_out)
 
     def _not_connected(self) -> TargetError:
         """Why ssh ended before the board said anything."""
         status, errors = self._ended()
+        if status < 0:
+            return TargetError(self.name, f"ssh was ended by {signal_name(-status)}", "run the same command again")
         if status != 255:
             said = self._said() or (f"; it said: {errors[-1]}" if errors else "")
             problem = f"its login shell ran no command{said}"
@@ -405,6 +408,11 @@ class Connection:
         if kind == "system":
             return TargetError(about, f"{error['path'] or self.address.host}: {text}")
         return TargetError(about, text or kind)
+
+
+def signal_name(number: int) -> str:
+    """`SIGKILL` of 9; a number that has no name is told as it is."""
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
 def _framed(program: str) -> bytes:

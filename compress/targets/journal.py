@@ -6,14 +6,30 @@ journal of other files, options or another machine is begun anew.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-MACHINE = ("board", "cpu", "arch", "cores", "ram_gb", "os", "kernel", "python", "numpy", "runtimes", "agent")
+MACHINE = (
+    "board",
+    "cpu",
+    "arch",
+    "cores",
+    "ram_gb",
+    "os",
+    "kernel",
+    "python",
+    "numpy",
+    "runtimes",
+    "agent",
+    "governor",
+)
 """What tells a machine, and what is installed on it, from another; the rest of a probe changes with the hour."""
 
 
@@ -45,7 +61,6 @@ class Journal:
         """Adds a line. It is on the disk when this returns; a machine that loses power loses nothing of it."""
         self.lines.append(line | {"measured": datetime.now(UTC).isoformat(timespec="seconds")})
         if len(self.lines) == 1:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps({"asked": self.asked}) + "\n", encoding="utf-8")
         self._append(self.lines[-1])
 
@@ -61,6 +76,27 @@ class Journal:
             file.write(json.dumps(value) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def own_journal(path: Path) -> Iterator[str]:
+    """Keeps other processes from the journal at `path`, whose folder is made; yields why it cannot be had, or ""."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.with_suffix(".lock").open("w")
+    except OSError as error:
+        yield f"{error.filename or path.parent}: {error.strerror}"
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield "another process measures the same"
+            return
+        try:
+            yield ""
+        finally:
+            Path(file.name).unlink(missing_ok=True)
 
 
 def _parsed(text: str) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ from typing import Any, Self
 from compress.errors import TargetError
 from compress.progress import Progress
 from compress.targets import agent, board
-from compress.targets.connection import ANSWER_S, Connection, Message, parse
+from compress.targets.connection import ANSWER_S, Connection, Message, parse, signal_name
 from compress.targets.machine import Lines, OnLine, last_words
 
 __all__ = ["Ssh", "parse"]
@@ -62,7 +62,7 @@ class Ssh:
         self._connection: Connection | None = None
         self._there: Message = {}
         self._agent = ""
-        self._names: dict[str, str] = {}
+        self._names: dict[str, Path] = {}
 
     def __enter__(self) -> Self:
         self._connection = Connection(self.name, self.address, self.config)
@@ -70,7 +70,6 @@ class Ssh:
             self._there = self._connection.open()
             if self.setup and self.runtimes:
                 self._set_up(self.runtimes)
-            self._agent = self._put(AGENT, "the agent")
         except BaseException:
             self._connection.close()
             raise
@@ -126,6 +125,8 @@ class Ssh:
     ) -> Message:
         link, lines = self._link, Lines(on_line)
         errors: collections.deque[str] = collections.deque(maxlen=20)
+        if not self._agent:  # only now: a board whose disk is full can be entered to remove what is there
+            self._agent = self._put(AGENT, "the agent")
         link.send({"op": "ask", "agent": self._agent, "arguments": list(arguments)})
         with link.settled():
             for message in link.answers(about, timeout_s):
@@ -137,7 +138,10 @@ class Ssh:
         return lines.result(about)
 
     def remove(self) -> int:
-        """Bytes freed by removing everything of ours from the board; nothing can be asked of it after that."""
+        """Bytes of the files that it has removed from the board: all of ours, also what other jobs there use.
+
+        Neither models nor the environment of a set-up stay; 0 where nothing was. Nothing can be put or asked after it.
+        """
         return self._asked({"op": "remove"}, self.name)["bytes"]
 
     def _check(self, ended: Message, about: str, said: str) -> None:
@@ -145,16 +149,25 @@ class Ssh:
         status = ended["status"]
         if not status:
             return
-        for there, here in self._names.items():
-            said = said.replace(f"{there}: ", "").replace(there, here)
+        said = self._with_names(said, about)
         number = -status if status < 0 else status - 128  # a shell between the agent and us adds 128
         if ended["killed_for_memory"]:
             way_out = "end other programs there, or measure a smaller network"
             raise TargetError(about, f"the board ran out of memory and its kernel ended a process: {said}", way_out)
         if number in set(signal.Signals):
-            said = f"the agent was ended by {signal.Signals(number).name}; its last message: {said}"
-            raise TargetError(about, said, "the same command goes on from what was measured")
+            said = f"the agent was ended by {signal_name(number)}; its last message: {said}"
+            raise TargetError(about, said, "run the same command again")
         raise TargetError(about, said, f"make room: {ended['disk']}" if FULL.search(said) else "")
+
+    def _with_names(self, said: str, about: str) -> str:
+        """What the board said, with files called as they are here: there each is called by its content's hash."""
+        names = [path.name for path in self._names.values()]
+        for there, path in self._names.items():
+            here = path.name if names.count(path.name) == 1 else str(path)
+            said = said.replace(there, here).replace(Path(there).name, here)
+            if here in about:
+                said = said.removeprefix(f"{here}: ")
+        return said
 
     @property
     def _link(self) -> Connection:
@@ -178,7 +191,7 @@ class Ssh:
                     found = self._asked({"op": "close", "sha256": sha256}, shown)
         except OSError as error:
             raise TargetError(path, f"cannot be read: {error.strerror}") from error
-        self._names[found["path"]] = path.name
+        self._names[found["path"]] = path
         return found["path"]
 
     def _upload(self, blocks: Iterator[bytes], size: int, shown: str) -> None:
@@ -202,7 +215,7 @@ class Ssh:
     def _set_up(self, runtimes: Sequence[str]) -> None:
         """The environment there with numpy and the runtimes; shows each step."""
         self._link.send({"op": "setup", "runtimes": list(runtimes)})
-        label, steps = f"set up {self.address.host}", len(runtimes) + 2
+        label, steps, waiting = f"set up {self.address.host}", len(runtimes) + 2, False
         with (
             self._link.settled(),
             contextlib.nullcontext(_silent) if self.progress is None else self.progress.steps(label, steps) as advance,
@@ -210,6 +223,9 @@ class Ssh:
             for message in self._link.answers(f"set-up of {self.name}", SETUP_S):
                 if "step" in message:
                     advance(message["step"])
+                if message.get("said") == board.WAITING and self.progress and not waiting:
+                    waiting = True
+                    self.progress.note(f"{self.address.host}: {board.WAITING}")
         self._there |= message["reply"]
 
     @contextlib.contextmanager

@@ -83,6 +83,7 @@ def write_run(
     verdict: str = "PASS",
     images: int = IMAGES,
     recipe_hash: str = "a" * 64,
+    on_target: list[dict[str, Any]] | None = None,
 ) -> Path:
     """A finished run: `wrong` images and `times` in ms by file; without times, no benchmark."""
     export, verify, benchmark = (folder / "stages" / name for name in ("01-export", "02-verify", "03-benchmark"))
@@ -134,7 +135,10 @@ def write_run(
         write_json(benchmark / "samples.json", processes)
         write_json(
             benchmark / "manifest.json",
-            {"stage": "benchmark", "metrics": {"conditions": CONDITIONS | dict(conditions or {}), "accuracy": []}},
+            {
+                "stage": "benchmark",
+                "metrics": {"conditions": CONDITIONS | dict(conditions or {}), "accuracy": on_target or []},
+            },
         )
     write_json(folder / "run.json", {
         "name": "made", "recipe_hash": recipe_hash, "data": {"fingerprint": fingerprint}, "stages": labels_of_stages,

@@ -1,6 +1,7 @@
 """Which numbers give which verdict, as properties and on made runs."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from compress.gate.record import BaselineError, File, read_run
 from compress.gate.timing import between_recordings, median_ms, resampled_medians
 from compress.gate.verdict import EXIT_STATUS, ORDER, judged, same_outputs, worst
 from compress.progress import Silent
+from compress.targets.outputs import compared, output_step
 
 METRIC = st.sampled_from(sorted(METRICS))
 VALUE = st.floats(0.01, 100)
@@ -520,7 +522,8 @@ def test_a_comparison_has_a_row_per_file_and_says_what_cannot_be_compared(made, 
     assert rows[1]["Δ points"].startswith("-15.00 (")
     ratio = median_ms(rounds(5, seed=7)) / median_ms(rounds(4, seed=2))
     assert rows[1]["Δ ms %"].startswith(f"{100 * (ratio - 1):+.1f} (")
-    assert not gate.comparison_notes(base, worse)
+    (note,) = gate.comparison_notes(base, worse)
+    assert "two recordings" in note
     assert len([line for line in gate.comparison_markdown(base, worse).splitlines() if line.startswith("|")]) == 4
     json.dumps(gate.comparison_json(base, worse), allow_nan=False)
 
@@ -529,3 +532,56 @@ def test_a_comparison_has_a_row_per_file_and_says_what_cannot_be_compared(made, 
     assert {row["Δ ms %"] for row in rows} == {row["Δ points"] for row in rows} == {""}
     assert any("different images" in note for note in notes)
     assert any("Board B" in note and "Board C" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"), [(0, "ACCEPT"), (1, "ACCEPT"), (2, "REGRESSION"), (math.nan, "REGRESSION")]
+)
+def test_an_int8_file_that_computes_something_else_on_the_board_is_a_regression(made, baseline, steps, expected):
+    """Its outputs are real values on an int8 grid, as an ONNX file gives them; compared as the benchmark does."""
+    here = (np.arange(40).reshape(4, 10) * np.float32(0.25)).astype(np.float32)
+    there = here.copy()
+    there[1, 2] += np.float32(0.25 * steps)
+    parent = np.nextafter(here, np.float32(np.inf))
+    on_target = [
+        {"file": INT8, **compared(there, here, int8=True)},
+        {"file": PARENT, **compared(parent, here)},  # floats are rounded by each CPU in its own way
+    ]
+    json.dumps(on_target, allow_nan=False)
+    found = judge(made("run", on_target=on_target), baseline, only="parity")
+    assert found.verdict == expected
+    assert found.exit_status == (0 if expected == "ACCEPT" else 3)
+
+
+def test_integers_are_told_apart_in_steps_of_one():
+    here = np.array([[-128, 5], [127, 0]], np.int8)
+    found = compared(here[::-1].copy(), here, int8=True)
+    assert (found["differing"], found["max_lsb"], found["largest_steps"]) == (4, 255, None)
+    assert output_step(here) == 1
+    grid = np.float32([[0.5, 1.0, 3.5], [2.0, 0.0, 1.5]])
+    assert output_step(grid) == 0.5
+    none = np.random.default_rng(0).normal(size=(32, 100)).astype(np.float32)  # on no grid: 255 steps over the range
+    assert output_step(none) == pytest.approx((none.max() - none.min()) / 255)
+
+
+def test_times_under_an_emulator_are_no_fps_and_no_boards(made, tmp_path, baseline):
+    pi = {"arch": "aarch64", "is_arm": True, "machine": "4 x Cortex-A72", "cpu": "4 x Cortex-A72"}
+    emulated = made("emulated", conditions=pi | {"emulator": "qemu-aarch64"})
+    path = tmp_path / "pi" / "b.json"
+    write_baseline(read_run(made("real", conditions=pi | {"emulator": "unavailable"})), path, no_runtime)
+    with pytest.raises(BaselineError, match="emulator"):
+        judge(emulated, path)
+    own = tmp_path / "own" / "b.json"
+    write_baseline(read_run(emulated), own, no_runtime)
+    text = gate.markdown(judge(emulated, own), "x")
+    assert "fps on" not in text
+    assert "not ARM fps" in text
+
+
+def test_an_improvement_by_chance_is_not_one(made, baseline):
+    """One image gained of 200: McNemar's p is 1."""
+    found = judge(made("luck", wrong={INT8: range(9)}), baseline, "accuracy:min-improvement=0.004", only="accuracy")
+    assert found.verdict == "NOISY"
+    found = judge(made("better", wrong={INT8: ()}), baseline, "accuracy:min-improvement=0.004", only="accuracy")
+    assert found.verdict == "ACCEPT"
+    assert "parity, latency not judged" in gate.headline(found)

@@ -392,6 +392,7 @@ def test_only_integers_that_differ_are_worth_a_note() -> None:
     close = np.float32([[0.1, 0.2]]), np.float32([[0.1, 0.2000001]])
     found = agreement(answered(close[0]), answered(close[1]))
     assert difference({"file": "float.tflite", **found}) == ""
+    found = agreement(answered(close[0]), answered(close[1]), int8=True)
     assert "1 of 2 outputs differ" in difference({"file": "int8.tflite", **found})
 
 

@@ -54,7 +54,7 @@ class TestProbe:
         done = subprocess.run(words, capture_output=True, text=True, check=True)
         machine = answer(done)
         assert machine["numpy"] == "unavailable"
-        assert machine["runtimes"] == {"onnxruntime": "unavailable", "litert": "unavailable"}
+        assert machine["runtimes"] == {"onnxruntime": "unavailable", "litert": "unavailable", "ncnn": "unavailable"}
         assert machine["venv"] is True
         for arguments in (["time", network], ["compare", network], ["sustain", network]):
             words = command(tmp_path, *arguments)

@@ -15,6 +15,7 @@ from stacks import convolutions
 
 from compress.errors import TargetError
 from compress.targets import Measuring, asking, open_model
+from compress.targets.journal import own_journal
 from compress.targets.local import Local
 from compress.targets.machine import OnLine
 
@@ -60,7 +61,7 @@ def test_after_a_cut_only_the_rest_is_measured(files: dict[str, Path], tmp_path:
     assert len(kept) == after
     said: list[str] = []
     with Cut() as machine:
-        found = asking.compare(machine, files, QUICK, journal=journal, on_process=said.append, on_resume=notes.append)
+        found = asking.compare(machine, files, QUICK, journal=journal, on_process=said.append, on_note=notes.append)
     assert len(said) == len(found.samples) == 6
     assert [sample["samples_ms"] for sample in found.samples[:after]] == [process["samples_ms"] for process in kept]
     assert [note[:6] for note in notes] == ([f"{after} of 6"] if after else [])
@@ -78,8 +79,34 @@ def test_a_journal_of_another_file_is_not_believed(files: dict[str, Path], tmp_p
         asking.compare(machine, files, QUICK, journal=journal)
     other = {"2.onnx": files["2.onnx"], "3.onnx": convolutions(tmp_path / "3.onnx", layers=4)}
     with Cut() as machine:
-        asking.compare(machine, other, QUICK, journal=journal, on_resume=pytest.fail)
+        asking.compare(machine, other, QUICK, journal=journal, on_note=pytest.fail)
         assert not any(word.startswith("--done") for word in machine.asked[-1])
+
+
+def test_two_at_once_do_not_share_a_journal(files: dict[str, Path], tmp_path: Path) -> None:
+    journal, notes = tmp_path / "journal.jsonl", list[str]()
+    with own_journal(journal) as free, Cut() as machine:
+        assert not free
+        found = asking.compare(machine, files, QUICK, journal=journal, on_note=notes.append)
+    assert len(found.samples) == 6
+    assert notes == ["What is measured is not kept, an interruption would lose it (another process measures the same)."]
+    assert not journal.exists()
+
+
+def test_where_nothing_can_be_kept_it_is_measured_all_the_same(files: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    notes: list[str] = []
+    with Cut() as machine:
+        found = asking.compare(machine, files, QUICK, journal=tmp_path / "file" / "journal.jsonl", on_note=notes.append)
+    assert len(found.samples) == 6
+    assert len(notes) == 1
+    assert f"{tmp_path / 'file'}" in notes[0]
+
+
+def test_the_error_says_how_much_is_kept(files: dict[str, Path], tmp_path: Path) -> None:
+    with Cut(after=4) as machine, pytest.raises(TargetError) as caught:
+        asking.compare(machine, files, QUICK, journal=tmp_path / "journal.jsonl")
+    assert str(caught.value).endswith("; 4 of 6 processes are kept, the same command goes on")
 
 
 def test_answers_are_those_of_the_file(files: dict[str, Path]) -> None:

@@ -17,8 +17,8 @@ from compress.targets import agent, asking, open_target
 from compress.targets.agent import UNAVAILABLE
 from compress.targets.emulated import Emulated, counting, cycles, examine, parse
 from compress.targets.emulated.cores import CORES, cpuinfo
-from compress.targets.emulated.parity import compared
 from compress.targets.emulated.userland import look, ready, trap
+from compress.targets.outputs import compared
 
 IMAGES = 3
 

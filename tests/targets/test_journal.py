@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from compress.targets.journal import Journal
+from compress.targets.journal import Journal, own_journal
 
 ASKED = {"files": [["a.onnx", "00"]], "options": ["--runs=3"], "machine": {"cpu": "4 x Cortex-A76"}}
 
@@ -18,6 +18,8 @@ def line(number: int) -> dict[str, object]:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
+    with own_journal(tmp_path / "kept" / "journal.jsonl") as taken:
+        assert not taken
     return tmp_path / "kept" / "journal.jsonl"
 
 
@@ -70,7 +72,6 @@ def test_a_line_that_was_cut_short_is_dropped_and_the_next_is_whole(path: Path, 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"[]\n", b"{}\n", b"\xff\xfe", b'{"asked": 3}\n{"process": {}}\n'])
 def test_a_file_that_is_no_journal_is_begun_anew(path: Path, content: bytes) -> None:
-    path.parent.mkdir()
     path.write_bytes(content)
     assert Journal.open(path, ASKED).lines == []
     kept(path, 1)

@@ -92,7 +92,7 @@ print("Created delegate")
         ("import os; os.kill(os.getpid(), 9)", "the agent was ended by SIGKILL; its last message: no message"),
         ("import os; os.abort()", "the agent was ended by SIGABRT"),
         ("import sys; sys.exit(137)", "the agent was ended by SIGKILL"),
-        ("import sys; sys.exit(__file__ + ': cannot be opened')", "a program: cannot be opened"),
+        ("import sys; sys.exit(__file__ + ': cannot be opened')", "a program: program.py: cannot be opened"),
     ],
 )
 def test_how_it_may_end(run: Callable[..., Any], board: StandIn, text: str, says: str | None) -> None:
@@ -104,6 +104,24 @@ def test_how_it_may_end(run: Callable[..., Any], board: StandIn, text: str, says
         assert says in str(raised.value)
         assert len(str(raised.value).splitlines()) == 1
     assert board.quiet()
+
+
+def test_a_file_that_cannot_be_opened_is_called_as_the_user_calls_it(board: StandIn, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    paths = [tmp_path / "broken.onnx", tmp_path / "other/broken.onnx"]
+    for path in paths:
+        path.write_bytes(os.fsencode(path))
+    with Ssh(board.url, config=board.config) as machine:
+        for path, shown in zip(paths, ("broken.onnx", str(paths[1])), strict=True):
+            there = machine.put(path)
+            with pytest.raises(TargetError) as raised:
+                machine.ask(["time", there], about="benchmark on the board")
+            assert str(raised.value).startswith(f"benchmark on the board: {shown}: onnxruntime cannot open it")
+            assert Path(there).stem not in str(raised.value)
+        with pytest.raises(TargetError, match=rf"^{paths[1]}: onnxruntime cannot open it"):  # named once
+            machine.ask(["time", there], about=str(paths[1]))
+        said = machine._with_names(f"process 2 of 9: {Path(there).name} on onnxruntime", "benchmark")
+        assert said == f"process 2 of 9: {paths[1]} on onnxruntime"
 
 
 def test_memory_that_ran_out_is_named(board: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,6 +169,7 @@ def test_after_it_was_stopped_the_board_can_be_asked_again(board: StandIn, tmp_p
 
     with Ssh(board.url, config=board.config) as machine:
         own, machine._agent = machine._agent, machine.put(tmp_path / "family.py")
+        assert own == ""  # the agent itself comes when it is first asked
         for _ in range(2):
             with pytest.raises(RuntimeError):
                 machine.ask([], about="x", on_line=stop)
@@ -181,7 +200,7 @@ def test_the_agent_is_killed(board: StandIn, files: dict[str, Path], tmp_path: P
 
     with (
         Ssh(board.url, config=board.config) as machine,
-        pytest.raises(TargetError, match=r"the agent was ended by SIGKILL.*the same command goes on"),
+        pytest.raises(TargetError, match=r"the agent was ended by SIGKILL.*; run the same command again"),
     ):
         asking.compare(machine, files, QUICK, journal=journal, on_process=kill)
     assert board.quiet()
@@ -268,7 +287,7 @@ def test_what_was_measured_before_a_cut_is_kept(
     with (
         pytest.raises(
             TargetError,
-            match=r"the connection to 127\.0\.0\.1 dropped.*the same command goes on from what was measured",
+            match=r"the connection to 127\.0\.0\.1 dropped.*; run the same command again",
         ),
         Ssh(board.url, config=board.config) as machine,
     ):

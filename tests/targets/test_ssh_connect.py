@@ -140,6 +140,15 @@ def test_no_python3(board: StandIn) -> None:
     assert "sudo apt install python3-venv" in text
 
 
+def test_ssh_is_killed_before_the_board_answers(
+    board: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ssh").write_text("#!/bin/sh\nkill -9 $$\n")
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert refused(board) == f"{board.url}: ssh was ended by SIGKILL; run the same command again"
+
+
 def test_a_python3_that_does_not_start(board: StandIn) -> None:
     board.write_program("python3", "echo 'libpython3: cannot open shared object file' >&2; exit 127")
     assert "ended with status 127: libpython3: cannot open shared object file" in refused(board)
@@ -187,9 +196,13 @@ def test_the_cache_may_lie_elsewhere(board: StandIn) -> None:
 
 def test_disk_full(board: StandIn) -> None:
     board.write_program("python3", f'ulimit -f 8; exec {sys.executable} "$@"')
-    text = refused(board)
-    assert "the disk of 127.0.0.1 is full: File too large; make room: " in text
-    assert " MB free in " in text
+    with Ssh(board.url, config=board.config) as machine:
+        with pytest.raises(TargetError) as raised:
+            machine.ask(["probe"], about="probe")
+        assert "the disk of 127.0.0.1 is full: File too large; make room: " in str(raised.value)
+        assert " MB free in " in str(raised.value)
+        assert len(str(raised.value).splitlines()) == 1
+    assert board.quiet()
     assert not list(board.home.glob(".cache/compress/files/*"))
     assert not list(board.home.glob(".cache/compress/files/.*"))
 

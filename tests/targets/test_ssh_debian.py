@@ -75,7 +75,7 @@ def test_a_cut_connection(debian: DebianBoard, exported: Any, tmp_path: Path) ->
     notes: list[str] = []
     began = time.monotonic()
     with Ssh(debian.url, config=debian.config) as machine:
-        found = asking.compare(machine, files, quick, journal=journal, on_resume=notes.append)
+        found = asking.compare(machine, files, quick, journal=journal, on_note=notes.append)
         machine.remove()
     assert time.monotonic() - began < 300
     assert notes[0].startswith("1 of 3 processes were measured before")

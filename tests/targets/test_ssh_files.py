@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -67,6 +68,7 @@ def test_a_file_is_copied_once(board: StandIn, tmp_path: Path) -> None:
         before = board.received
         with Ssh(board.url, config=board.config) as machine:
             places += [machine.put(model), machine.put(shutil.copyfile(model, tmp_path / "same.onnx"))]
+            machine.ask(["probe"], about="probe")
         copied = board.received - before
     assert len(set(places)) == 1
     assert Path(places[0]).name == hashlib.sha256(model.read_bytes()).hexdigest() + ".onnx"
@@ -176,7 +178,16 @@ def test_everything_can_be_removed(board: StandIn, tmp_path: Path) -> None:
     kept.mkdir(parents=True)
     with Ssh(board.url, config=board.config) as machine:
         machine.put(path)
-        assert machine.remove() > 1_000_000
+    (board.home / ".cache/compress/not ours").write_bytes(b"x" * 5000)
+    board.write_program("python3", f'ulimit -f 8; exec {board.python} "$@"')  # 4096 bytes: no room for the agent
+    for freed in (1_000_000, 0):
+        with Ssh(board.url, config=board.config) as machine:
+            assert machine.remove() == freed
+        assert board.quiet()
+        assert [path.name for path in (board.home / ".cache/compress").iterdir()] == ["not ours"]
+    (board.home / ".cache/compress/not ours").unlink()
+    with Ssh(board.url, config=board.config) as machine:
+        machine.remove()
     assert [path.name for path in (board.home / ".cache").iterdir()] == ["other"]
 
 
@@ -226,19 +237,55 @@ def test_room_is_made_of_files_that_are_not_used(tmp_path: Path, monkeypatch: py
     board.end()
 
 
-def test_what_a_dead_job_left_is_removed_after_a_day(tmp_path: Path) -> None:
+@pytest.mark.parametrize("locks", [True, False])
+def test_what_a_dead_job_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool) -> None:
+    """After a minute; after a day where a file system without locks does not tell who lives, and for uploads."""
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    if not locks:
+        monkeypatch.setattr(far_end.fcntl, "flock", no_locks)
     living = far_end.Board(tmp_path, "python3", print)
-    for name in ("yesterday", "today"):
+    ages = {"yesterday": 100_000, "before": 90, "now": 30}
+    parts = {name: kept(tmp_path, f".{name}.part", 10, age) for name, age in ages.items()}
+    for name, age in ages.items():
         (tmp_path / "jobs" / name).mkdir()
         (tmp_path / "jobs" / name / "y.npy").touch()
-    part = kept(tmp_path, ".x.part", 10, 100_000)
-    for path in (tmp_path / "jobs/yesterday", living.job):
-        os.utime(path, (time.time() - 100_000,) * 2)
+        os.utime(tmp_path / "jobs" / name, (time.time() - age,) * 2)
+    os.utime(living.job, (time.time() - (100_000 if locks else 80_000),) * 2)
     far_end.Board(tmp_path, "python3", print).end()
-    assert {path.name for path in (tmp_path / "jobs").iterdir()} == {"today", living.job.name}
-    assert not part.exists()
+    left = {"now"} if locks else {"now", "before"}
+    assert {path.name for path in (tmp_path / "jobs").iterdir()} == {*left, living.job.name}
+    assert [name for name, part in parts.items() if part.exists()] == ["before", "now"]
     living.end()
-    assert [path.name for path in (tmp_path / "jobs").iterdir()] == ["today"]
+    assert {path.name for path in (tmp_path / "jobs").iterdir()} == left
+
+
+def test_files_that_vanish_while_room_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between listing and stat: renamed. Between stat and unlink: removed by another job."""
+    board = far_end.Board(tmp_path, "python3", print)
+    listed = kept(tmp_path, "listed", 100, 9000)
+    removed = kept(tmp_path, "removed", 100, 9000)
+    real_stat, real_unlink = Path.stat, Path.unlink
+
+    def stat(path: Path, **options: bool) -> os.stat_result:
+        if path == listed:
+            path.unlink(missing_ok=True)
+        return real_stat(path, **options)
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path == removed:
+            real_unlink(path, missing_ok=True)
+        real_unlink(path, missing_ok)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(far_end, "KEPT_BYTES", 0)
+        patched.setattr(Path, "stat", stat)
+        patched.setattr(Path, "unlink", unlink)
+        board.make_room(0)
+    assert not list(board.files.iterdir())
+    board.end()
 
 
 def test_a_host_that_says_nothing_is_gone() -> None:

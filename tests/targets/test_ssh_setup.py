@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
+import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -9,6 +14,7 @@ import pytest
 from stand_in import Shown, StandIn, stand_in
 
 from compress.errors import TargetError
+from compress.targets import board as far_end
 from compress.targets.ssh import Ssh
 
 board = pytest.fixture(stand_in)
@@ -99,6 +105,61 @@ def test_the_whole_way(board: StandIn, wheels: Path, tmp_path: Path) -> None:
     with Ssh(board.url, config=board.config) as machine:
         machine.remove()
     assert not list(board.home.glob(".cache/*"))
+
+
+def test_one_at_a_time(board: StandIn, wheels: Path) -> None:
+    """The second waits for the first, and finds what that has made."""
+    shown = [Shown(), Shown()]
+    errors: list[BaseException] = []
+
+    def set_up(progress: Shown) -> None:
+        try:
+            with Ssh(board.url, config=board.config, setup=True, runtimes=["litert"], progress=progress) as machine:
+                assert machine._there["runtimes"] == ["litert"]
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=set_up, args=(progress,)) for progress in shown]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not errors
+    first, second = sorted(shown, key=lambda progress: len(progress.notes))
+    assert (first.said, first.notes) == (["virtual environment", "numpy", "ai-edge-litert"], [])
+    assert (second.said, second.notes) == (["numpy", "ai-edge-litert"], ["127.0.0.1: waiting for another set-up"])
+    assert board.quiet()
+
+
+def test_a_set_up_that_waits_can_be_stopped(board: StandIn, wheels: Path) -> None:
+    class Impatient(Shown):
+        def note(self, text: str) -> None:
+            raise KeyboardInterrupt
+
+    lock = board.home / ".cache/compress/setup.lock"
+    lock.parent.mkdir(parents=True)
+    with lock.open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        began = time.monotonic()
+        with (
+            pytest.raises(KeyboardInterrupt),
+            Ssh(board.url, config=board.config, setup=True, runtimes=["litert"], progress=Impatient()),
+        ):
+            pass
+        assert time.monotonic() - began < 10
+        assert board.quiet()
+    assert not list(lock.parent.glob("venv*"))
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(far_end.fcntl, "flock", no_locks)
+    board = far_end.Board(tmp_path, "python3", print)
+    monkeypatch.setattr(board, "_made", lambda request: {"made": request})
+    assert board.setup({"runtimes": []}) == {"made": {"runtimes": []}}
+    board.end()
 
 
 def failing(board: StandIn) -> str:
