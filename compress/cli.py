@@ -1,4 +1,4 @@
-"""The command line: `compress run`, `check`, `schema`, `doctor`, `verify`, `bench`, `report`, `gate`, `compare`.
+"""The command line: `compress run`, `check`, `schema`, `doctor`, `verify`, `bench`, `clean`, `report`, `gate`, `compare`.
 
 Heavy libraries are imported by the command that needs them: `--help` and a board's `bench` do without torch.
 """
@@ -254,6 +254,19 @@ def bench(
         _show_rows(rows)
     for line in found.lines:
         output.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def clean(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="A board as ssh://user@host[:port].")],
+) -> None:
+    """Remove from a board what measuring has left there: models, results, the environment that --setup made."""
+    from compress.targets.ssh import Ssh, parse
+
+    parse(target)
+    with Ssh(target, progress=RichProgress(messages)) as board:
+        freed = board.remove()
+    output.print(f"{target}: {freed / 1e6:.1f} MB removed", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -123,6 +123,8 @@ def test_a_truncated_image_is_named_and_nothing_is_started(place):
         (["bench", "empty.onnx", "--target", "ssh://-oProxyCommand=x"], "ssh://"),
         (["bench", "empty.onnx", "--target", "ssh://nobody@board.invalid"], "board.invalid"),
         (["bench", "empty.onnx", "--threads", "0"], "--threads"),
+        (["clean", "local"], "ssh://"),
+        (["clean", "ssh://nobody@board.invalid"], "board.invalid"),
         (["bench", "empty.onnx", "--cores", "first"], "cores"),
         (["bench", "empty.onnx", "--setup"], "--setup"),
         (["bench", "empty.onnx", "--target", "emulated", "--threads", "2"], "one thread"),

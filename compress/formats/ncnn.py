@@ -36,7 +36,8 @@ CLOSE = 1e-2
 
 def require_ncnn() -> None:
     """Raises ModelError with the install line where the packages are absent."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    specs = {name: importlib.util.find_spec(name) for name in PACKAGES}
+    missing = [name for name, spec in specs.items() if spec is None or spec.origin is None]  # a mere folder has none
     if missing:
         raise ModelError("format ncnn", f"{' and '.join(missing)} not installed", INSTALL)
 

@@ -133,13 +133,8 @@ def write_run(
                         "settings": {"threads": 1, **(settings or {})}, "throttled": [],
                     })  # fmt: skip
         write_json(benchmark / "samples.json", processes)
-        write_json(
-            benchmark / "manifest.json",
-            {
-                "stage": "benchmark",
-                "metrics": {"conditions": CONDITIONS | dict(conditions or {}), "accuracy": on_target or []},
-            },
-        )
+        metrics = {"conditions": CONDITIONS | dict(conditions or {}), "accuracy": on_target or []}
+        write_json(benchmark / "manifest.json", {"stage": "benchmark", "metrics": metrics})
     write_json(folder / "run.json", {
         "name": "made", "recipe_hash": recipe_hash, "data": {"fingerprint": fingerprint}, "stages": labels_of_stages,
         "finished": "2026-11-21T12:00:00+00:00",

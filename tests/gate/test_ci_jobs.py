@@ -76,18 +76,30 @@ def test_scripts_are_shellcheck_clean():
 
 @pytest.fixture
 def stand_in(tmp_path: Path) -> Path:
-    """A `compress` whose `run` takes a made run's folder as the recipe; the rest is the real one."""
+    """A `compress` whose `run` takes a made run's folder as the recipe; the rest is the real one.
+
+    With RESTLESS its `gate` ends as on a machine whose times cannot be judged.
+    """
     script = tmp_path / "compress"
     script.write_text(
         f'#!/usr/bin/env bash\nset -e\nif [ "$1" = run ]; then mkdir -p "$(dirname "$4")"; cp -r "$2" "$4"; exit; fi\n'
-        f'PYTHONPATH="{ROOT}" exec "{sys.executable}" -m compress.cli "$@"\n'
+        f'export PYTHONPATH="{ROOT}"\n'
+        f'if [ "$1$RESTLESS" = gate1 ]; then "{sys.executable}" -m compress.cli "$@" || true; exit 5; fi\n'
+        f'exec "{sys.executable}" -m compress.cli "$@"\n'
     )
     script.chmod(0o755)
     return script
 
 
-def measure(stand_in: Path, run: Path, baseline: Path, out: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    own = {"COMPRESS": str(stand_in), "GITHUB_STEP_SUMMARY": str(out.with_name("job.md")), "OMP_NUM_THREADS": "1"}
+def measure(
+    stand_in: Path, run: Path, baseline: Path, out: Path, *words: str, restless: str = ""
+) -> subprocess.CompletedProcess[str]:
+    own = {
+        "RESTLESS": restless,
+        "COMPRESS": str(stand_in),
+        "GITHUB_STEP_SUMMARY": str(out.with_name("job.md")),
+        "OMP_NUM_THREADS": "1",
+    }
     environment = {**os.environ, **own}
     command = [ROOT / ".ci/measure", run, baseline, out, *words]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -110,8 +122,7 @@ def test_measure_judges_and_writes_the_jobs_summary_and_artifacts(tmp_path, stan
     assert done.returncode == 3, done.stdout + done.stderr
     assert "## REGRESSION: size of int8.onnx" in (tmp_path / "job.md").read_text()
 
-    restless = (*words[:4], "--tolerance", "0.001", "--only", "latency")
-    done = measure(stand_in, good, baseline, tmp_path / "out3", *restless)
+    done = measure(stand_in, good, baseline, tmp_path / "out3", *words, restless="1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "::warning::NOISY" in done.stdout
 
