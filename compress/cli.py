@@ -1,4 +1,4 @@
-"""The command line: `compress run`, `check`, `schema`, `doctor`, `verify`, `bench`, `clean`, `report`, `gate`, `compare`.
+"""The command line: `compress run`, `check`, `schema`, `doctor`, `verify`, `bench`, `report`, `gate`, ...
 
 Heavy libraries are imported by the command that needs them: `--help` and a board's `bench` do without torch.
 """
