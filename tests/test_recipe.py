@@ -821,6 +821,15 @@ def addresses(value: Any, keys: tuple[str, ...] = ()) -> list[str]:
     return [".".join(keys), *inner] if keys else inner
 
 
+@pytest.mark.parametrize("value", ["[]", "{}", "[1]", "{a: 1}", "null", "3"])
+@pytest.mark.parametrize(
+    "address", ["model.use", "stages.2.use", "stages.2.losses.0.use", "stages.2.teacher.use", "target"]
+)
+def test_a_name_that_is_no_text_is_a_mistake(write: Write, address: str, value: str) -> None:
+    with pytest.raises(RecipeError):
+        recipes.load(write(GOOD), [f"{address}={value}"])
+
+
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_recipe_with_values_of_any_kind(write: Write, good: recipes.Recipe, data: st.DataObject) -> None:

@@ -178,7 +178,7 @@ def kind_mistakes(stages: Sequence[Mapping[str, Any]]) -> list[tuple[Keys, str]]
 def teacher_mistakes(stages: Sequence[Mapping[str, Any]]) -> list[tuple[Keys, str]]:
     """(keys, reason) of each teacher, and each weight of a layer, that no stage before provides."""
     mistakes: list[tuple[Keys, str]] = []
-    weighed: set[Any] = set()
+    weighed: list[Any] = []  # values of any kind: the recipe is not validated yet
     for index, stage in enumerate(stages):
         inside: Keys = () if stage["use"] == "distill" else ("distill",)
         block = stage if stage["use"] == "distill" else stage.get("distill")
@@ -194,7 +194,7 @@ def teacher_mistakes(stages: Sequence[Mapping[str, Any]]) -> list[tuple[Keys, st
             if loss.get("layer_weights") == "carried" and loss.get("use") not in weighed:
                 reason = f"no stage before has the loss `{loss.get('use')}` whose layers it would weigh; use equal"
                 mistakes.append((("stages", index, *inside, "losses", place, "layer_weights"), reason))
-        weighed |= {loss.get("use") for loss in own}
+        weighed += [loss.get("use") for loss in own]
     return mistakes
 
 

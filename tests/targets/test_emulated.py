@@ -183,6 +183,7 @@ def int8(exported) -> dict[str, Path]:
     return {name: exported.files[name] for name in ("int8.onnx", "int8.tflite")}
 
 
+@pytest.mark.slow
 def test_int8_outputs_are_the_hosts_bit_for_bit(examined, int8, images):
     rows = examined(int8, images)["parity"]
     assert {(row["file"], row["cpu"]) for row in rows} == {(name, cpu) for name in int8 for cpu in CORES}
@@ -204,6 +205,7 @@ def test_a_differing_output_is_counted():
     assert (floats["differing"], floats["max_lsb"], floats["max_difference"]) == (2, None, 0.5)
 
 
+@pytest.mark.slow
 def test_every_file_is_counted_twice_on_every_core(examined, int8, images):
     rows = examined(int8, images)["counts"]
     assert {row["runtime"] for row in rows} == {"onnxruntime", "litert"}
@@ -216,12 +218,14 @@ def test_every_file_is_counted_twice_on_every_core(examined, int8, images):
         assert row["sha256"] == agent.sha256(int8[row["file"]])
 
 
+@pytest.mark.slow
 def test_the_dot_product_needs_fewer_instructions(examined, int8, images):
     """`asimddp` is what the A76's int8 kernels have and the A72's lack."""
     counts = {(row["file"], row["cpu"]): row["instructions"] for row in examined(int8, images)["counts"]}
     assert all(counts[name, "cortex-a76"] < counts[name, "cortex-a72"] for name in int8)
 
 
+@pytest.mark.slow
 def test_cycles_are_named_estimated_and_nothing_is_a_time(examined, int8, images):
     answer = examined(int8, images)
     for row in answer["counts"]:
@@ -235,6 +239,7 @@ def test_cycles_are_named_estimated_and_nothing_is_a_time(examined, int8, images
     json.dumps(answer)
 
 
+@pytest.mark.slow
 def test_conditions_say_what_ran(examined, int8, images, userland):
     conditions = examined(int8, images)["conditions"]
     assert conditions["qemu"] == userland.qemu.version

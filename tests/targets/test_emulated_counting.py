@@ -173,6 +173,7 @@ def test_a_count_repeats_within_a_thousandth(userland, plugin, networks, name):
     assert max(count.spread_instructions for count in counts) < 0.001 * counts[0].instructions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["parent.onnx", "parent.tflite"])
 def test_another_counter_says_the_same(userland, plugin, networks, tmp_path, name):
     """20 inferences less 5, in a plain loop, every instruction of the first thread counted by other code."""
