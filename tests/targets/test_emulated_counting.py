@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import stat
 import subprocess
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -280,3 +283,22 @@ def test_an_llvm_that_takes_the_a57_for_the_n1_is_not_used(monkeypatch, tmp_path
     (tmp_path / "llvm-mca").unlink()
     with pytest.raises(TargetError, match="llvm-mca is not on this machine"):
         cycles.find(Silent())
+
+
+def test_a_count_is_stopped_at_once_and_leaves_no_process(userland, plugin):
+    stop, began = threading.Event(), time.monotonic()
+    threading.Timer(1.5, stop.set).start()
+    program = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    with pytest.raises(TargetError, match=r"^x: was stopped$"):
+        counting.counted(userland, plugin, "cortex-a72", ["-c", program], about="x", stop=stop)
+    assert time.monotonic() - began < 10
+    assert not [line for line in running() if "time.sleep(60)" in line]
+
+
+def running() -> list[str]:
+    """Command lines of all processes."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended
+            found.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return found

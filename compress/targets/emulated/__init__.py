@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -173,14 +174,19 @@ def _counts(
         progress.steps("instructions", len(files) * len(cpus)) as advance,
         ThreadPoolExecutor(2) as pool,
     ):
-        image = None
+        image, stop = None, threading.Event()
         if images_real is not None:
             image = Path(folder) / "image.npy"
             np.save(image, images_real[:1])
         for name, path in files.items():
             for cpu in cpus:
-                twice = [pool.submit(counting.count, userland, plugin, path, cpu, image=image) for _ in range(2)]
-                first, second = (one.result() for one in twice)
+                own = (userland, plugin, path, cpu)
+                twice = [pool.submit(counting.count, *own, image=image, stop=stop) for _ in range(2)]
+                try:
+                    first, second = (one.result() for one in twice)
+                except BaseException:  # Ctrl-C, or a fault of one: the other is not waited for
+                    stop.set()
+                    raise
                 row = {
                     "file": name,
                     "runtime": first.runtime,

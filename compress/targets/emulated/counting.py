@@ -17,7 +17,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,14 +83,17 @@ def count(
     runtime: str = "auto",
     image: Path | None = None,
     timeout_s: float = 900,
+    stop: threading.Event | None = None,
 ) -> Count:
     """Instructions of one inference of the file on an emulated core. `image` is an .npy of real-valued images, of which
-    the first is taken; without it the input is random and the same each time. Raises TargetError."""
+    the first is taken; without it the input is random and the same each time. Raises TargetError, also when another
+    thread sets `stop`."""
     about = f"{path.name} on {PLACE}:{cpu}"
     words = [str(Path(agent.__file__)), str(path.absolute()), runtime, "--windows", str(WINDOWS)]
     if image:
         words += ["--inputs", str(image)]
-    found, windows, blocks = counted(userland, plugin, cpu, [str(INSIDE), *words], about=about, timeout_s=timeout_s)
+    program = [str(INSIDE), *words]
+    found, windows, blocks = counted(userland, plugin, cpu, program, about=about, timeout_s=timeout_s, stop=stop)
     if len(windows) < 3 * WINDOWS:
         raise TargetError(about, f"{len(windows)} windows were counted, not {3 * WINDOWS}")
     last = windows[-3 * WINDOWS :]  # those before are the warm-up's
@@ -111,7 +116,14 @@ def count(
 
 
 def counted(
-    userland: Userland, plugin: Path, cpu: str, arguments: Sequence[str], *, about: str, timeout_s: float = 900
+    userland: Userland,
+    plugin: Path,
+    cpu: str,
+    arguments: Sequence[str],
+    *,
+    about: str,
+    timeout_s: float = 900,
+    stop: threading.Event | None = None,
 ) -> tuple[dict[str, Any], list[tuple[int, int]], tuple[Block, ...]]:
     """What a Python program prints last, its windows (own, other threads' instructions) and its blocks.
 
@@ -122,12 +134,7 @@ def counted(
         options = ["-plugin", f"{plugin},out={out}"]
         command = [*userland.python(cpu, qemu_options=options), "-P", *arguments]
         environment = {**userland.environment, **FIXED}
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout_s)
-        except subprocess.TimeoutExpired as error:
-            raise TargetError(about, f"no count within {timeout_s:g} s") from error
-        if done.returncode:
-            raise TargetError(about, last_words(done.stderr.splitlines()))
+        answer = _finished(command, environment, about, timeout_s, stop or threading.Event())
         lines = out.read_text().splitlines() if out.exists() else []
     if lines[-1:] != ["end"]:
         raise TargetError(about, "the emulator's plugin wrote no counts", "is its qemu newer than this program?")
@@ -141,7 +148,31 @@ def counted(
             code = tuple(int(text[i : i + 8], 16) for i in range(0, len(text), 8))
             blocks.append(Block(int(values[0], 16), int(values[1]), code))
     blocks.sort(key=lambda block: (-block.executed, block.address))
-    return json.loads(done.stdout.splitlines()[-1]), windows, tuple(blocks)
+    return json.loads(answer.splitlines()[-1]), windows, tuple(blocks)
+
+
+def _finished(
+    command: Sequence[str], environment: Mapping[str, str], about: str, timeout_s: float, stop: threading.Event
+) -> str:
+    """What the command prints. It has ended when this returns or raises."""
+    pipe, end = subprocess.PIPE, time.monotonic() + timeout_s
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
+        try:
+            while True:
+                try:
+                    answer, errors = process.communicate(timeout=0.3)
+                    break
+                except subprocess.TimeoutExpired as error:
+                    if stop.is_set():
+                        raise TargetError(about, "was stopped") from error
+                    if time.monotonic() > end:
+                        raise TargetError(about, f"no count within {timeout_s:g} s") from error
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode:
+        raise TargetError(about, last_words(errors.splitlines()))
+    return answer
 
 
 def plugin(qemu: Qemu, progress: Progress) -> Path:
