@@ -661,7 +661,10 @@ def _litert_version() -> str | None:
 
 def _version_of(module: str) -> str | None:
     """The installed version without importing the package; None when it is not installed."""
-    if importlib.util.find_spec(module) is None:
+    try:
+        if importlib.util.find_spec(module) is None:
+            return None
+    except (ImportError, ValueError):  # hidden on purpose, or half imported
         return None
     try:
         return importlib.metadata.version(module.replace("_", "-"))
