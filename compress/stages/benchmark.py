@@ -135,11 +135,10 @@ class Benchmark(Settings):
         images_NCHW = sample_images(run.data, count, run.seed)[0] if count else None
         cpus = emulated.parse(run.target)
         found = emulated.examine(files, images_NCHW, cpus=cpus, runtimes=self.runtimes, progress=run.progress)
-        parity = found["parity"]
-        for note in [*self._unread(files), *map(difference, parity)]:
+        for note in [*self._unread(files), *map(difference, found["parity"])]:
             if note:
                 run.progress.note(note)
-        return found | {"rows": [], "pairs": [], "parity": parity}
+        return found | {"rows": [], "pairs": []}
 
     def _readable(self, files: Mapping[str, Path]) -> dict[str, Path]:
         return {name: path for name, path in files.items() if SUFFIXES.get(path.suffix) in self.runtimes}

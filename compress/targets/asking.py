@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -257,9 +258,7 @@ def _written(content: bytes, suffix: str) -> Iterator[Path]:
         yield path
 
 
-@contextlib.contextmanager
-def _saved(array: np.ndarray) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="compress-") as folder:
-        path = Path(folder) / "array.npy"
-        np.save(path, array)
-        yield path
+def _saved(array: np.ndarray) -> contextlib.AbstractContextManager[Path]:
+    content = io.BytesIO()
+    np.save(content, array)
+    return _written(content.getvalue(), ".npy")

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-HUGE = 1e30
-"""In place of differences that are no numbers, which JSON does not have."""
+from compress.targets.outputs import HUGE
 
 Pair = dict[str, Any]
 """One entry of the report: names `a` and `b`, measures, `verdict` (PASS or FAIL) and, where it failed, `reason`."""
