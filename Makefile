@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test test-slow test-ncnn test-image image-arm64 clean
+.PHONY: run test test-slow test-ncnn test-extras test-image image-arm64 clean
 
 run: .venv/ready  # the main job on handwritten digits
 	$(BIN)/compress run recipes/mobilenetv2_arm.yaml
@@ -19,6 +19,10 @@ test-slow: .venv/ready  # the tests that take minutes
 test-ncnn: .venv/ready  # the tests of the extra runtime, which they install
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,ncnn]'
 	$(BIN)/pytest -m ncnn
+
+test-extras: .venv/ready  # the tests of the optional extras, which they install; Chromium comes with .ci/packages
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,browser,huggingface,mlflow,sweep,tensorboard,timm,torchvision]'
+	$(BIN)/pytest -m extras
 
 test-image: .venv/ready  # builds the board's image for linux/arm64 and runs it; wants root, or buildah and podman
 	$(BIN)/pytest -m image

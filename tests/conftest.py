@@ -68,6 +68,7 @@ class Stripes:
     preprocess = PREPROCESS
     fingerprint = "stripes"
     channels_last = True
+    task = "classification"
 
     def __init__(self, train: int = 64, evaluation: int = 40) -> None:
         generator = torch.Generator().manual_seed(7)
