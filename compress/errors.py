@@ -8,8 +8,11 @@ CompressError
 ├── TargetError      a machine that cannot measure
 ├── RunFolderError   a run's folder that the report cannot read (in compress.report)
 ├── BaselineError    a file or folder that cannot be judged against or judged (in compress.gate)
+├── LostError        one of torchrun's processes that is not there any more
 └── GateError        a bound of the recipe that the result does not hold (parity)
 """
+
+from compress.shown import one_line
 
 
 class CompressError(Exception):
@@ -22,7 +25,7 @@ class CompressError(Exception):
         super().__init__(str(place), problem, way_out)  # as given, so that the error survives a trip between processes
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.problem}" + (f"; {self.way_out}" if self.way_out else "")
+        return one_line(f"{self.place}: {self.problem}" + (f"; {self.way_out}" if self.way_out else ""))
 
 
 class RecipeError(CompressError):
@@ -34,7 +37,7 @@ class RecipeError(CompressError):
         Exception.__init__(self, lines)
 
     def __str__(self) -> str:
-        return "\n".join(self.lines)
+        return "\n".join(map(one_line, self.lines))
 
 
 class DataError(CompressError):
@@ -55,3 +58,15 @@ class TargetError(CompressError):
 
 class GateError(CompressError):
     pass
+
+
+class LostError(CompressError):
+    """Another process has ended; `first` in one of those that are left, which says so for all."""
+
+    def __init__(self, first: bool) -> None:
+        self.first = first
+        way_out = "the same command goes on from the last finished epoch, with as many processes as you like"
+        super().__init__("torchrun", "another process of this run has ended, so this one ends too", way_out)
+
+    def __reduce__(self) -> tuple[type, tuple[bool]]:
+        return LostError, (self.first,)
