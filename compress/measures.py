@@ -1,14 +1,16 @@
-"""What can be said of a network in numbers: accuracy, parameters, multiply-adds, layer by layer."""
+"""What can be said of a network in numbers: its score, parameters, multiply-adds, layer by layer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compress.product import Batch
+from compress.product import Batch, Task
+from compress.tasks import Rules, task_of
 
 
 def params(module: nn.Module) -> int:
@@ -70,15 +72,22 @@ def macs(module: nn.Module, input_size: int, channels: int = 3) -> int:
     return sum(layer["macs"] for layer in layers(module, input_size, channels))
 
 
-def accuracy(module: nn.Module, batches: Iterable[Batch], device: torch.device) -> float:
-    """Top-1 accuracy in [0, 1] over all images of `batches`; the module runs in eval mode and gets its mode back."""
+def score(module: nn.Module, batches: Iterable[Batch], device: torch.device, task: Task = "classification") -> float:
+    """The task's score over all images of `batches`: top-1 accuracy in [0, 1], mean average precision, or R2."""
+    rules = task_of(task)
+    return rules.score(*answered(module, batches, device, rules))
+
+
+def answered(
+    module: nn.Module, batches: Iterable[Batch], device: torch.device, rules: Rules
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a score needs of the outputs, and the labels; the module runs in eval mode and gets its mode back."""
     was_training = module.training
     module.eval().to(device)
-    correct = seen = 0
+    kept, labels = [], []
     with torch.inference_mode():
         for batch in batches:
-            predicted = module(batch.images_NCHW.to(device)).argmax(1).cpu()
-            correct += int((predicted == batch.labels_N).sum())
-            seen += len(batch.labels_N)
+            kept.append(rules.kept(module(batch.images_NCHW.to(device)).float().cpu().numpy()))
+            labels.append(batch.labels_N.cpu().numpy())
     module.to("cpu").train(was_training)
-    return correct / seen
+    return np.concatenate(kept), np.concatenate(labels)

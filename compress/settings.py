@@ -2,6 +2,9 @@
 
 from pydantic import BaseModel, ConfigDict
 
+SEVERAL = "several_mistakes"
+"""Type of a validator's PydanticCustomError whose context holds `mistakes`, a list of (keys, problem)."""
+
 
 class Settings(BaseModel):
     """Frozen and strict: no unknown field, no silent conversion, no NaN.

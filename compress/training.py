@@ -11,23 +11,28 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from compress import processes
 from compress.epochs import State, Training, under
 from compress.errors import ModelError, TrainingError
-from compress.product import NO_LABEL, Batch, Run
+from compress.product import Batch, Data, Run
 from compress.settings import Settings
+from compress.tasks.classification import cross_entropy
+from compress.tasks.multi_label import binary_cross_entropy
+from compress.tasks.regression import squared_error
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 """Runs the (possibly wrapped) module on a batch that lies on its device and returns a scalar to minimise."""
+OutputsLoss = Callable[[Tensor, Tensor], Tensor]
+"""The same of outputs (N, K) and their labels."""
 
 
 class Fit(Settings):
@@ -45,7 +50,10 @@ class Fit(Settings):
     weight_decay: float = Field(default=1e-4, ge=0)
     """On weights of convolutions and linear layers only: not on biases, BatchNorm or quantization scales."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """For the labels' cross entropy."""
+    """For the labels' cross entropy; classification only."""
+    huber: float | None = Field(default=None, gt=0)
+    """Regression only: errors beyond so many standard deviations of the training images' numbers count linearly, so
+    that outliers pull no harder (Huber, 1964). null squares all."""
     clip_norm: float | None = Field(default=5.0, gt=0)
     """Largest gradient norm, or null for no clipping."""
     ema: float | None = Field(default=None, gt=0, lt=1)
@@ -67,20 +75,26 @@ class Memory(Protocol):
         ...
 
 
-def labels_loss(label_smoothing: float = 0.0) -> Loss:
-    """Cross entropy with the labels."""
+def labels_loss(judged: OutputsLoss = cross_entropy) -> Loss:
+    """What the labels alone teach."""
 
     def loss(module: nn.Module, batch: Batch) -> Tensor:
-        return cross_entropy(module(batch.images_NCHW), batch.labels_N, label_smoothing)
+        return judged(module(batch.images_NCHW), batch.labels_N)
 
     return loss
 
 
-def cross_entropy(logits_NK: Tensor, labels_N: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """The mean over the images that have a label; 0 where none has one."""
-    mean = F.cross_entropy(logits_NK, labels_N, ignore_index=NO_LABEL, label_smoothing=label_smoothing)
-    # The mean over no image is NaN.
-    return mean if bool((labels_N != NO_LABEL).any()) else logits_NK.sum() * 0
+def outputs_loss(data: Data, settings: Fit | None = None) -> OutputsLoss:
+    """What outputs cost beside their labels, as the data's task and the settings have it; 0 where no image has any."""
+    settings = settings or Fit()
+    weights_K = torch.tensor(data.label_weights) if data.label_weights is not None else None
+    match data.task:
+        case "classification":
+            return partial(cross_entropy, label_smoothing=settings.label_smoothing, weights_K=weights_K)
+        case "multi_label":
+            return partial(binary_cross_entropy, weights_K=weights_K)
+        case "regression":
+            return partial(squared_error, huber=settings.huber)
 
 
 def learning_rate(step: int, *, total: int, warmup: int, peak: float) -> float:
@@ -193,7 +207,7 @@ def _fit(
         run.progress.note(f"{label}: goes on after epoch {done}")
     step = done * steps
     for epoch in range(done, settings.epochs):
-        began, losses, lr = time.perf_counter(), 0.0, 0.0
+        began, losses, lr, images = time.perf_counter(), 0.0, 0.0, 0
         with run.progress.steps(f"{label}  epoch {epoch + 1}/{settings.epochs}", steps) as advance:
             for number, batch in enumerate(epoch_batches(epoch)):
                 lr = learning_rate(step, total=total, warmup=warmup, peak=settings.lr)
@@ -225,6 +239,7 @@ def _fit(
                 if average is not None:
                     average.update_parameters(student)
                 losses += loss_now
+                images += len(batch.images_NCHW) * run.world_size
                 step += 1
                 advance(f"loss {losses / (number + 1):.3f}")
         history.append(
@@ -235,6 +250,8 @@ def _fit(
                 "seconds": time.perf_counter() - began,
             }
         )
+        told = {"training": label, "epochs": settings.epochs, "images_per_second": images / history[-1]["seconds"]}
+        run.progress.event("epoch", **history[-1], **told)
         state = course.state(history, run)
         if run.rank == 0:
             kept.save(state)

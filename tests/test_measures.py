@@ -3,7 +3,7 @@ import torch
 from conftest import SmallNet, randomized
 from torch import nn
 
-from compress.measures import accuracy, layers, macs, params
+from compress.measures import layers, macs, params, score
 
 
 def test_macs_by_hand():
@@ -28,6 +28,6 @@ def test_accuracy_is_the_share_of_right_answers_and_leaves_the_mode(stripes):
     images, labels = stripes.splits["evaluation"]
     expected = (module.eval()(images).argmax(1) == labels).float().mean().item()
     module.train()
-    measured = accuracy(module, stripes.batches("evaluation", batch_size=7), torch.device("cpu"))
+    measured = score(module, stripes.batches("evaluation", batch_size=7), torch.device("cpu"))
     assert measured == pytest.approx(expected)
     assert module.training

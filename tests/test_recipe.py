@@ -48,6 +48,7 @@ stages:
 """
 STAGES = "train, prune, distill, quantize, export, verify, benchmark"
 KNOWN = STAGES.replace("quantize", "quantize, knowledge")
+SOURCES = "known: folder, csv, cifar, huggingface, digits, or package.module:function for your own"
 KEYS = "name, seed, model, data, preprocess, target, stages, report"
 
 Write = Callable[[str | bytes], Path]
@@ -113,15 +114,15 @@ def test_a_recipe_loads_with_its_defaults(write: Write) -> None:
             ("  - use: prune", "  - use: prun"),
             f"14: stages.1.use: no stage 'prun'; did you mean 'prune'? known: {KNOWN}",
         ),
-        (("use: digits", "use: digit"), "6: data.use: no data 'digit'; did you mean 'digits'? known: digits, folder"),
-        (("use: digits", "use: 7"), "6: data.use: no data 7; known: digits, folder"),
+        (("use: digits", "use: digit"), f"6: data.use: no data 'digit'; did you mean 'digits'? {SOURCES}"),
+        (("use: digits", "use: 7"), f"6: data.use: no data 7; {SOURCES}"),
         (("{use: digits}", "digits"), "6: data: must be a mapping such as `use: digits`, not 'digits'"),
-        (("{use: digits}", "{}"), "6: data: no `use` that says which data; known: digits, folder"),
+        (("{use: digits}", "{}"), f"6: data: no `use` that says which data; {SOURCES}"),
         (("data: {use: digits}\n", ""), "1: data: missing; a recipe needs it"),
         (
             ("use: mobilenet_v2", "use: mobilnet_v2"),
-            "4: model.use: no model 'mobilnet_v2'; did you mean 'mobilenet_v2'? `use` must be mobilenet_v2, or "
-            "package.module:factory for a network of your own",
+            "4: model.use: no model 'mobilnet_v2'; did you mean 'mobilenet_v2'? `use` must be mobilenet_v2, "
+            "torchvision, timm, huggingface, or package.module:factory for a network of your own",
         ),
         (("    goal: {macs: 0.4}\n", ""), "14: stages.1.goal: missing; prune needs it"),
         (("macs: 0.4", "macs: 40"), "15: stages.1.goal.macs: must be below 1, not 40"),
@@ -148,8 +149,11 @@ def test_a_recipe_loads_with_its_defaults(write: Write) -> None:
             ("losses:\n      - use: kd\n        temperature: 2", "losses: []"),
             "18: stages.2.losses: must have at least 1 item, not 0",
         ),
-        (("[0.5, 0.5, 0.5]", "[0.5]"), "9: preprocess.mean: must have 3 items, not 1"),
-        (("[0.5, 0.5, 0.5]", "[1, 1, 1, 1]"), "9: preprocess.mean: must have at most 3 items, not 4"),
+        (("[0.5, 0.5, 0.5]", "[0.5]"), "9: preprocess.mean: must have 3 numbers, one for each of R, G and B, not 1"),
+        (
+            ("[0.5, 0.5, 0.5]", "[1, 1, 1, 1]"),
+            "9: preprocess.mean: must have 3 numbers, one for each of R, G and B, not 4",
+        ),
         (("[0.5, 0.5, 0.5]", "[1, a, 1]"), "9: preprocess.mean.1: must be a number, not 'a'"),
         (("[0.5, 0.5, 0.5]", "0.5"), "9: preprocess.mean: must be a list, not 0.5"),
         (
@@ -226,7 +230,7 @@ def test_all_mistakes_are_reported_at_once_in_the_order_of_the_file(write: Write
         f"demo.yaml:1: nam: unknown field; did you mean 'name'? a recipe takes {KEYS}",
         "demo.yaml:2: seed: must be a whole number, not 'x'",
         "demo.yaml:3: seed: given twice, first on line 2",
-        "demo.yaml:7: data.use: no data 'nowhere'; known: digits, folder",
+        f"demo.yaml:7: data.use: no data 'nowhere'; {SOURCES}",
         "demo.yaml:14: stages.0.epochs: must be at least 0, not -1",
         "demo.yaml:16: stages.1.goal.macs: missing; goal needs it",
         "demo.yaml:16: stages.1.goal.mac: unknown field; did you mean 'macs'? goal takes macs",

@@ -27,8 +27,9 @@ SAMPLE_BYTES = 4 * 2**20
 @dataclass(frozen=True)
 class Answers:
     labels_N: np.ndarray
+    """(N,) classes; in other tasks (N, K), standardised in a regression."""
     top1: Mapping[str, np.ndarray]
-    """By file: the place of the largest output, ties to the lowest, (N,)."""
+    """By file: the place of the largest output, ties to the lowest, (N,); in other tasks the outputs, (N, K)."""
     sample: tuple[int, ...] = ()
     """Which images `sample.npy` holds."""
 
@@ -45,11 +46,11 @@ def from_dict(value: Mapping[str, Any]) -> Answers:
     labels_N = unpacked(value["labels"])
     top1 = {str(name): unpacked(array) for name, array in value["top1"].items()}
     sample = tuple(int(index) for index in value["sample"])
-    if labels_N.ndim != 1 or not len(labels_N):
+    if labels_N.ndim != (2 if labels_N.dtype.kind == "f" else 1) or not labels_N.size:
         raise ValueError("labels are no list")
     for name, top1_N in top1.items():
         if top1_N.shape != labels_N.shape:
-            raise ValueError(f"{name} has answers for {len(top1_N)} of {len(labels_N)} images")
+            raise ValueError(f"{name} has answers of shape {top1_N.shape}, the labels {labels_N.shape}")
     if any(not 0 <= index < len(labels_N) for index in sample):
         raise ValueError("the sample names images that are not there")
     return Answers(labels_N, top1, sample)

@@ -136,7 +136,8 @@ def _parity(ours: Record, theirs: Record, now: Now | None) -> list[Line]:
             lines.append(verdict.target_parity(found["file"], runtime, found, ours.machine))
     for file, computed_NK in (now.outputs if now else {}).items():
         assert now is not None
-        lines.append(verdict.same_outputs(theirs.files[file], computed_NK, f"{now.machine} (baseline's file)"))
+        where, classes = f"{now.machine} (baseline's file)", theirs.task == "classification"
+        lines.append(verdict.same_outputs(theirs.files[file], computed_NK, where, classes=classes))
     return lines
 
 
@@ -156,6 +157,8 @@ def _refuse_other_data(ours: Record, theirs: Record, what: Asked) -> None:
     if ours.fingerprint != theirs.fingerprint:
         told = f"made on other data (fingerprint {theirs.fingerprint[:12]}, the run's {ours.fingerprint[:12]})"
         raise BaselineError(theirs.place, told, way_out)
+    if ours.task != theirs.task:
+        raise BaselineError(theirs.place, f"is for {theirs.task}, the run for {ours.task}", way_out)
     if not np.array_equal(ours.answers.labels_N, theirs.answers.labels_N):
         raise BaselineError(theirs.place, f"judged {theirs.images} images, not the run's {ours.images}", way_out)
 

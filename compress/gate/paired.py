@@ -51,6 +51,11 @@ class Paired:
     def p_value(self) -> float:
         return mcnemar(self.lost, self.gained)
 
+    @property
+    def told(self) -> str:
+        p = f"= {self.p_value:.2g}" if self.p_value >= 1e-4 else "< 0.0001"
+        return f"{self.gained} images gained, {self.lost} lost of {self.images}, McNemar's p {p}"
+
     def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float]:
         """Of `difference`."""
         low, high = difference_interval(self.both, self.gained, self.lost, self.neither, confidence)

@@ -15,8 +15,13 @@ from compress.errors import CompressError
 from compress.gate import answers as answering
 from compress.gate.answers import Answers
 from compress.gate.goals import Goal
+from compress.gate.paired import Paired, paired
+from compress.gate.resampled import Resampled, resampled
 from compress.gate.timing import Rounds
+from compress.product import Task
 from compress.targets.agent import sha256
+from compress.tasks import RULES, task_of
+from compress.written import refuse_pipes
 
 DEVICE = ("board", "cpu", "arch", "features", "emulator")
 """Of the conditions of a benchmark: what makes times of two machines incomparable."""
@@ -84,6 +89,8 @@ class Record:
     sample: Path | None = None
     """The images that `answers.sample` names."""
     goals: Sequence[Goal] = field(default=())
+    task: Task = "classification"
+    """What the answers are, and so what `accuracy` is: the score of this task."""
 
     @property
     def images(self) -> int:
@@ -93,6 +100,10 @@ class Record:
         """Whether each image was classified rightly, (N,)."""
         right_N: np.ndarray = self.answers.top1[file] == self.answers.labels_N
         return right_N
+
+    def score(self, file: str) -> float:
+        """The task's score of a file's answers."""
+        return task_of(self.task).score(self.answers.top1[file], self.answers.labels_N)
 
     def timing(self, file: str) -> Timing | None:
         return next((timing for timing in self.timings if timing.file == file), None)
@@ -111,11 +122,13 @@ def read_run(folder: Path) -> Record:
     """A run as its folder says. Raises BaselineError: no run, not verified, files that were changed since."""
     if not (folder / "run.json").is_file():
         raise BaselineError(folder, "not a run: it has no run.json", "give the folder that `compress run` wrote")
+    refuse_pipes(folder)
     run = read_json(folder / "run.json")
     with understood(folder / "run.json", "run its recipe again"):
         name, recipe_hash = str(run["name"]), str(run["recipe_hash"])
         fingerprint, labels = str(run["data"]["fingerprint"]), list(run["stages"])
         made = str(run.get("finished") or run.get("started") or "")
+        task = known_task(run["data"])
     stages = {label.partition("-")[2]: folder / "stages" / label for label in labels}
     for wanted in ("export", "verify"):
         if wanted not in stages:
@@ -138,7 +151,7 @@ def read_run(folder: Path) -> Record:
                 size_bytes=int(exported[file]["size_bytes"]),
                 runtime=str(facts["runtime"]),
                 version=str(facts["version"]),
-                accuracy=float((answers.top1[file] == answers.labels_N).mean()),
+                accuracy=task_of(task).score(answers.top1[file], answers.labels_N),
                 path=paths[file],
             )
             for file, facts in verified["files"].items()
@@ -161,6 +174,28 @@ def read_run(folder: Path) -> Record:
         conditions=conditions,
         made=made,
         sample=sample if sample.is_file() else None,
+        task=task,
+    )
+
+
+def known_task(data: Mapping[str, Any]) -> Task:
+    """What a run or a baseline says of its data's task; older ones knew only classes. Raises ValueError."""
+    said = data.get("task", "classification")
+    for task in RULES:
+        if task == said:
+            return task
+    raise ValueError(f"no task {said!r}")
+
+
+def compared(a: Record, b: Record, file: str) -> Paired | Resampled:
+    """A file of `b` against that of `a`, on the same images in the same order: the caller has made sure."""
+    if b.task == "classification":
+        return paired(baseline=a.right(file), candidate=b.right(file))
+    return resampled(
+        baseline=a.answers.top1[file],
+        candidate=b.answers.top1[file],
+        labels=b.answers.labels_N,
+        score=task_of(b.task).score,
     )
 
 

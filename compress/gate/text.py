@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compress.gate.goals import GROUPS, METRICS, Goal, parse
-from compress.gate.paired import paired
-from compress.gate.record import DEVICE, SETTINGS, Record
+from compress.gate.record import DEVICE, SETTINGS, Record, compared
 from compress.gate.timing import NOW, between_recordings, median_ms
 from compress.gate.verdict import Judgement, Line
+from compress.product import Task
 from compress.targets.agent import UNAVAILABLE
+from compress.tasks import task_of
 
 Rows = list[dict[str, str]]
 """A table: equal keys, its header."""
@@ -31,7 +32,8 @@ def headline(judgement: Judgement) -> str:
         return "ACCEPT: every goal holds" + (f" ({', '.join(left_out)} not judged)" if left_out else "")
     guilty = [line for line in judgement.lines if line.verdict == verdict]
     told = ", ".join(
-        f"{line.metric} of {line.file}" + (f" ({change(line)})" if change(line) else "") for line in guilty
+        f"{line.metric} of {line.file}" + (f" ({moved})" if (moved := change(line, judgement.run.task)) else "")
+        for line in guilty
     )
     return f"{verdict}: {told} {MEANING[verdict]}"
 
@@ -43,10 +45,11 @@ def delta_rows(judgement: Judgement) -> Rows:
     found = []
     for name in baseline.shipped:
         before, now = baseline.files[name], run.files[name]
-        points, bytes_ = 100 * (now.accuracy - before.accuracy), now.size_bytes / before.size_bytes
+        difference, bytes_ = now.accuracy - before.accuracy, now.size_bytes / before.size_bytes
         comparable = any(line.metric == "accuracy" for line in judgement.lines)
         row = {"file": name, "runtime": f"{now.runtime} {now.version}"}
-        row["accuracy"] = f"{shown('accuracy', now.accuracy)}" + (f" ({points:+.2f} points)" if comparable else "")
+        score, moved = _score(now.accuracy, run.task), _score_change(difference, run.task)
+        row[task_of(run.task).score_name] = score + (f" ({moved})" if comparable else "")
         if name in judgement.times:
             timed = judgement.times[name]
             p50_ms = median_ms(timed.candidate)
@@ -66,11 +69,11 @@ def rows(judgement: Judgement) -> Rows:
             "verdict": line.verdict,
             "metric": line.metric,
             "file": line.file,
-            "baseline": shown(line.metric, line.baseline),
-            "this run": shown(line.metric, line.value),
-            "change": change(line),
-            "95 % interval": interval(line),
-            "goal": goal_text(line),
+            "baseline": shown(line.metric, line.baseline, judgement.run.task),
+            "this run": shown(line.metric, line.value, judgement.run.task),
+            "change": change(line, judgement.run.task),
+            "95 % interval": interval(line, judgement.run.task),
+            "goal": goal_text(line, judgement.run.task),
         }
         for line in judgement.lines
     ]
@@ -106,7 +109,8 @@ def markdown(judgement: Judgement, command: str) -> str:
 def conditions(judgement: Judgement) -> list[str]:
     """Under what the judgement holds, in sentences."""
     run, baseline, found = judgement.run, judgement.baseline, judgement.conditions
-    lines = [f"images: {run.images}, data {run.fingerprint[:12]}; accuracy and McNemar's test on the exported files"]
+    judged = f"{task_of(run.task).score_name} and {_test(run)}"
+    lines = [f"images: {run.images}, data {run.fingerprint[:12]}; {judged} on the exported files"]
     if judgement.timed == NOW:
         lines.append(f"times: baseline's files and this run's in turns, now, on {_machine(found)}")
     elif judgement.timed:
@@ -173,7 +177,7 @@ def comparison_markdown(a: Record, b: Record) -> str:
     parts = [f"### {a.place} → {b.place}", table(comparison_rows(a, b))]
     parts += ["\n".join(f"- {note}" for note in comparison_notes(a, b))] if comparison_notes(a, b) else []
     if b.conditions:
-        parts.append(f"Times of `{b.place}`: {_machine(b.conditions)}. In brackets: 95 % intervals. p: McNemar's test.")
+        parts.append(f"Times of `{b.place}`: {_machine(b.conditions)}. In brackets: 95 % intervals. p: {_test(b)}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -191,7 +195,7 @@ def comparison_json(a: Record, b: Record) -> dict[str, Any]:
             "p50_ms": [median_ms(timing.rounds_ms) if timing else None for timing in timings],
         }
         if _same_images(a, b):
-            entry["paired"] = paired(baseline=a.right(name), candidate=b.right(name)).as_dict()
+            entry["paired"] = compared(a, b, name).as_dict()
         ratio = _ratio(a, b, name)
         if ratio:
             entry["latency_ratio"], entry["latency_ratio_interval"] = ratio[0], list(ratio[1])
@@ -207,12 +211,12 @@ def table(found: Sequence[Mapping[str, str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def shown(metric: str, value: float | None) -> str:
+def shown(metric: str, value: float | None, task: Task = "classification") -> str:
     """With its unit."""
     if value is None:
         return ""
     return {
-        "accuracy": f"{100 * value:.2f} %",
+        "accuracy": _score(value, task),
         "size": f"{value:,.0f} B",
         "latency": f"{value:.4g} ms",
         "fps": f"{value:.1f} fps",
@@ -221,44 +225,60 @@ def shown(metric: str, value: float | None) -> str:
     }[metric]
 
 
-def change(line: Line) -> str:
+def _score(value: float, task: Task) -> str:
+    return f"{100 * value:.2f} %" if task_of(task).percent else f"{value:.4f}"
+
+
+def _score_change(difference: float, task: Task) -> str:
+    return f"{100 * difference:+.2f} points" if task_of(task).percent else f"{difference:+.4f}"
+
+
+def _test(record: Record) -> str:
+    return "McNemar's test" if record.task == "classification" else "a bootstrap over the images"
+
+
+def change(line: Line, task: Task = "classification") -> str:
     if line.value is None or line.baseline is None:
         return ""
     if line.metric == "accuracy":
-        return f"{100 * (line.value - line.baseline):+.2f} points"
+        return _score_change(line.value - line.baseline, task)
     if line.metric == "parity":
         return f"{line.value - line.baseline:+.0f}"
     return f"{100 * (line.value / line.baseline - 1):+.1f} %"
 
 
-def interval(line: Line) -> str:
+def interval(line: Line, task: Task = "classification") -> str:
     """Of the change, as `change` words it."""
     if line.interval is None or line.baseline is None:
         return ""
     low, high = line.interval
     if line.metric == "accuracy":
-        return f"{100 * (low - line.baseline):+.2f} to {100 * (high - line.baseline):+.2f} points"
+        least = _score_change(low - line.baseline, task).removesuffix(" points")
+        return f"{least} to {_score_change(high - line.baseline, task)}"
     return f"{100 * (low / line.baseline - 1):+.1f} to {100 * (high / line.baseline - 1):+.1f} %"
 
 
-def goal_text(line: Line) -> str:
+def goal_text(line: Line, task: Task = "classification") -> str:
     if not line.goal:
         return "verify passes" if line.file == "all" else "the recorded outputs"
     goal: Goal = parse(line.goal)
     sign = "≥" if goal.about.more_is_better else "≤"
-    bound = f" ({sign} {shown(line.metric, line.bound)})" if line.bound is not None else ""
+    bound = f" ({sign} {shown(line.metric, line.bound, task)})" if line.bound is not None else ""
     return f"{goal.type} {goal.value:g}{bound}"
 
 
 def _comparison_row(a: Record, b: Record, name: str) -> dict[str, str]:
     before, now = a.files[name], b.files[name]
     row = {"file": name, "runtime": now.runtime}
-    row["accuracy %"] = f"{100 * before.accuracy:.2f} → {100 * now.accuracy:.2f}"
-    row["Δ points"] = row["p"] = ""
+    rules = task_of(b.task)
+    factor, digits, unit = (100, 2, "points") if rules.percent else (1, 4, rules.score_name)
+    score = f"{rules.score_name} %" if rules.percent else rules.score_name
+    row[score] = f"{factor * before.accuracy:.{digits}f} → {factor * now.accuracy:.{digits}f}"
+    row[f"Δ {unit}"] = row["p"] = ""
     if _same_images(a, b):
-        pair = paired(baseline=a.right(name), candidate=b.right(name))
-        low, high = pair.interval()
-        row["Δ points"] = f"{100 * pair.difference:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
+        pair = compared(a, b, name)
+        moved = [f"{factor * value:+.{digits}f}" for value in (pair.difference, *pair.interval())]
+        row[f"Δ {unit}"] = f"{moved[0]} ({moved[1]} to {moved[2]})"
         row["p"] = f"{pair.p_value:.2g}"
     timings = [record.timing(name) for record in (a, b)]
     medians = [median_ms(timing.rounds_ms) if timing else None for timing in timings]
@@ -284,7 +304,8 @@ def _ratio(a: Record, b: Record, name: str) -> tuple[float, tuple[float, float]]
 
 
 def _same_images(a: Record, b: Record) -> bool:
-    same = a.fingerprint == b.fingerprint and a.answers.labels_N.shape == b.answers.labels_N.shape
+    same = a.fingerprint == b.fingerprint and a.task == b.task
+    same = same and a.answers.labels_N.shape == b.answers.labels_N.shape
     return same and bool((a.answers.labels_N == b.answers.labels_N).all())
 
 

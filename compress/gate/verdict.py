@@ -17,8 +17,8 @@ from typing import Any, Literal
 import numpy as np
 
 from compress.gate.goals import THRESHOLD, Goal
-from compress.gate.paired import CONFIDENCE, paired
-from compress.gate.record import File, Record
+from compress.gate.paired import CONFIDENCE
+from compress.gate.record import File, Record, compared
 from compress.gate.timing import Rounds, Timed, interval_of, median_ms, resampled_medians
 from compress.targets.outputs import HUGE, output_step
 
@@ -107,16 +107,16 @@ def judged(value: float, interval: tuple[float, float] | None, baseline: float, 
 def accuracy(baseline: Record, run: Record, file: str, goal: Goal) -> Line:
     """On the same images, in the same order: the caller has made sure.
 
-    A loss beyond the bound is a REGRESSION where McNemar's test finds it significant, else NOISY: a few images more or
-    less happen by chance; so an improvement that was asked for must be significant, too. What misses a threshold or an
-    improvement without a significant loss is INFEASIBLE.
+    A loss beyond the bound is a REGRESSION where McNemar's test (in tasks without classes a bootstrap) finds it
+    significant, else NOISY: a few images more or less happen by chance; so an improvement that was asked for must be
+    significant, too. What misses a threshold or an improvement without a significant loss is INFEASIBLE.
     """
-    pair = paired(baseline=baseline.right(file), candidate=run.right(file))
+    pair = compared(baseline, run, file)
     before, now, bound = pair.baseline, pair.candidate, goal.bound(pair.baseline)
     low, high = pair.interval()
     interval = (before + low, before + high)
     significant = pair.p_value < SIGNIFICANT
-    told = f"{pair.gained} images gained, {pair.lost} lost of {pair.images}, McNemar's p {_p(pair.p_value)}"
+    told = pair.told
     verdict: Verdict
     if now >= bound and goal.type.endswith("min-improvement") and not significant:
         verdict, reason = "NOISY", f"reached, but {pair.images} images cannot tell it from chance: {told}"
@@ -220,8 +220,11 @@ def target_parity(file: str, runtime: str, found: Mapping[str, Any], target: str
     return Line("parity", file, runtime, verdict, "", reason, 0.0, float(differing), facts=facts)
 
 
-def same_outputs(file: File, computed_NK: np.ndarray, where: str) -> Line:
-    """Whether a baseline's file computes on a machine what was recorded with it; int8 may be a step off."""
+def same_outputs(file: File, computed_NK: np.ndarray, where: str, *, classes: bool = True) -> Line:
+    """Whether a baseline's file computes on a machine what was recorded with it; int8 may be a step off.
+
+    `classes` says that the largest output is an image's class, so that it can be told how many changed.
+    """
     recorded_NK = file.outputs_NK
     assert recorded_NK is not None
     if recorded_NK.shape != computed_NK.shape or recorded_NK.dtype.kind != computed_NK.dtype.kind:
@@ -235,13 +238,14 @@ def same_outputs(file: File, computed_NK: np.ndarray, where: str) -> Line:
     moved = int((recorded_NK.reshape(len(apart), -1).argmax(1) != computed_NK.reshape(len(apart), -1).argmax(1)).sum())
     told = f"{differing} of {apart.size} outputs differ from the recorded ones on {where}"
     if differing:
-        told += f", by up to {largest:.3g} {unit}, {moved} of {len(apart)} images change class"
+        told += f", by up to {largest:.3g} {unit}"
+        told += f", {moved} of {len(apart)} images change class" if classes else ""
     facts = {
         "differing": differing,
         "outputs": int(apart.size),
         "largest": largest,
         "unit": unit,
-        "classes_changed": moved,
+        **({"classes_changed": moved} if classes else {}),
     }
     # Float files are rounded by each CPU's kernels in its own way: verify's 1e-3 of the largest logit.
     allowed = PARITY_LSB + 1e-3 if unit == "LSB" else 1e-3
@@ -282,7 +286,3 @@ def _timed_line(
 
 def _percent(ratio: float) -> str:
     return f"{100 * (ratio - 1):+.1f} %"
-
-
-def _p(value: float) -> str:
-    return f"= {value:.2g}" if value >= 1e-4 else "< 0.0001"

@@ -41,7 +41,7 @@ Change = Callable[[np.ndarray, Setting, np.random.Generator], np.ndarray]
 
 
 def corrupt(pixels_HWC: np.ndarray, corruption: Corruption, severity: int, *, seed: int, image: int) -> np.ndarray:
-    """uint8 (H, W, 3): the image corrupted, `severity` 1 (mild) to 5.
+    """uint8 (H, W, C): the image, RGB or grey, corrupted, `severity` 1 (mild) to 5.
 
     Seed, number of the image and corruption decide what is random: the same pixels each time, and one realisation that
     grows from severity to severity.
@@ -121,7 +121,7 @@ def pixelate(image_HWC: np.ndarray, setting: Setting, rng: np.random.Generator) 
     image = _picture(image_HWC)
     smaller = [max(1, int(side * setting[0])) for side in image.size]
     shrunk = image.resize((smaller[0], smaller[1]), Image.Resampling.BOX)
-    return np.asarray(shrunk.resize(image.size, Image.Resampling.BOX)) / 255
+    return np.asarray(shrunk.resize(image.size, Image.Resampling.BOX)).reshape(image_HWC.shape) / 255
 
 
 def jpeg(image_HWC: np.ndarray, setting: Setting, rng: np.random.Generator) -> np.ndarray:
@@ -129,7 +129,7 @@ def jpeg(image_HWC: np.ndarray, setting: Setting, rng: np.random.Generator) -> n
     file = io.BytesIO()
     _picture(image_HWC).save(file, "JPEG", quality=round(setting[0]))
     with Image.open(file) as read:
-        return np.asarray(read.convert("RGB")) / 255
+        return np.asarray(read.convert("RGB" if image_HWC.shape[2] == 3 else "L")).reshape(image_HWC.shape) / 255
 
 
 TABLE: dict[Corruption, tuple[Change, tuple[Setting, ...], tuple[Setting, ...]]] = {
@@ -176,4 +176,5 @@ def _convolved(image_HWC: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 
 
 def _picture(image_HWC: np.ndarray) -> Image.Image:
-    return Image.fromarray(np.rint(image_HWC * 255).astype(np.uint8))
+    values_HWC = np.rint(image_HWC * 255).astype(np.uint8)
+    return Image.fromarray(values_HWC if values_HWC.shape[2] == 3 else values_HWC[..., 0])

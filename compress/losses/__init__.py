@@ -12,6 +12,7 @@ from compress.losses.activation_boundary import ActivationBoundary
 from compress.losses.adversarial import Adversarial
 from compress.losses.attention import Attention
 from compress.losses.attention_gradient import AttentionGradient, GradientSymmetry
+from compress.losses.binary_kd import BinarySoftTargets
 from compress.losses.cc import CorrelationCongruence
 from compress.losses.crd import CRD
 from compress.losses.cwd import CWD
@@ -25,6 +26,7 @@ from compress.losses.irg import IRG
 from compress.losses.kd import SoftTargets
 from compress.losses.kd_svd import KDSVD
 from compress.losses.l2 import LogitsL2
+from compress.losses.mse import SquaredError
 from compress.losses.nst import NST
 from compress.losses.pkt import PKT
 from compress.losses.rkd import RKD
@@ -40,6 +42,7 @@ LossSettings = Annotated[
     | Adversarial
     | Attention
     | AttentionGradient
+    | BinarySoftTargets
     | CorrelationCongruence
     | CRD
     | CWD
@@ -60,6 +63,7 @@ LossSettings = Annotated[
     | Similarity
     | SoftCrossEntropy
     | SoftTargets
+    | SquaredError
     | TeacherFree
     | VID
     | Weights,

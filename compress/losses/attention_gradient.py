@@ -8,7 +8,7 @@ with grouped convolutions, which torch differentiates twice group by group: 3.5 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from compress.errors import ModelError
 from compress.losses.lesson import NO_LABEL, Lesson, Term
+from compress.product import Task
 
 
 def input_gradient(logits_NK: Tensor, labels_N: Tensor, images_NCHW: Tensor, *, differentiable: bool) -> Tensor:
@@ -47,6 +48,7 @@ class AttentionGradient(Term):
     flattens the student's, as double backpropagation does.
     """
 
+    tasks: ClassVar[tuple[Task, ...]] = ("classification",)
     # Not needs_labels: a part of the images is no longer what the logits were computed from.
     needs_input_gradients = True
 
@@ -67,6 +69,7 @@ class GradientSymmetry(Term):
     running statistics move twice a step, and dropout draws anew. No weight is published.
     """
 
+    tasks: ClassVar[tuple[Task, ...]] = ("classification",)
     needs_input_gradients = True
     needs_networks = True
     needs_teacher = False

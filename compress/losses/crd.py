@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
@@ -19,7 +19,7 @@ from compress.errors import DataError
 from compress.losses.embeddings import embedding, refuse_unless_embedded, width
 from compress.losses.lesson import Facts, FeatureTerm, Lesson
 from compress.losses.maps import unit
-from compress.product import NO_LABEL
+from compress.product import NO_LABEL, Task
 
 
 def noise_contrastive(positive_N: Tensor, negative_NK: Tensor, counts_NK: Tensor, images: int) -> Tensor:
@@ -129,6 +129,8 @@ class CRD(FeatureTerm):
     data set: then all are taken. Scores against both banks are computed whole, N * images numbers each, instead of
     fetching K vectors for each image.
     """
+
+    tasks: ClassVar[tuple[Task, ...]] = ("classification",)
 
     where = "last"
 

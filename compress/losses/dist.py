@@ -1,12 +1,13 @@
 """DIST, the inter-class and the intra-class relation: Huang et al., 2022 (arXiv:2205.10536)."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from compress.losses.lesson import Lesson, Term
+from compress.product import Task
 
 SMALLEST_NORMS = 1e-8
 """Of the two rows' lengths multiplied, as in the authors' code: rows that do not vary have no correlation."""
@@ -38,6 +39,8 @@ class DIST(Term):
     Made for teachers that are much stronger than the student. The defaults are those of the authors' code, to be used
     with `labels: 1`. With few images in a batch the intra-class relation is mostly noise.
     """
+
+    tasks: ClassVar[tuple[Task, ...]] = ("classification",)
 
     use: Literal["dist"]
     beta: float = Field(default=1.0, ge=0)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from compress.losses.lesson import Lesson, Term
 from compress.losses.standardization import standardized
+from compress.product import Task
 
 
 def decoupled(student_NK: Tensor, teacher_NK: Tensor, labels_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -62,6 +63,7 @@ class DKD(Term):
     Published with the cross entropy of the labels at full weight: `labels: 1`.
     """
 
+    tasks: ClassVar[tuple[Task, ...]] = ("classification",)
     needs_labels: ClassVar[bool] = True
 
     use: Literal["dkd"]

@@ -1,6 +1,6 @@
 """Soft targets: Hinton et al., 2015 (arXiv:1503.02531), section 2."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from compress.losses.lesson import Lesson, Term
 from compress.losses.standardization import standardized
+from compress.product import Task
 
 
 def soft_targets(student_NK: Tensor, teacher_NK: Tensor, temperature: float) -> Tensor:
@@ -24,6 +25,8 @@ def soft_targets(student_NK: Tensor, teacher_NK: Tensor, temperature: float) -> 
 
 class SoftTargets(Term):
     """Match the teacher's class probabilities, softened by a temperature."""
+
+    tasks: ClassVar[tuple[Task, ...]] = ("classification",)
 
     use: Literal["kd"]
     temperature: float = Field(default=4.0, gt=0)

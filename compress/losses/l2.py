@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compress.losses.lesson import Lesson, Term
+from compress.product import Task
 
 
 def logits_l2(student_NK: Tensor, teacher_NK: Tensor) -> Tensor:
@@ -26,6 +27,10 @@ class LogitsL2(Term):
     use: Literal["l2"]
     on: Literal["logits", "probabilities"] = "logits"
     weight: float = Field(default=0.1, ge=0)
+
+    def serves(self, task: Task) -> bool:
+        """Probabilities are those of classes; outputs themselves are compared anywhere."""
+        return task == "classification" or self.on == "logits"
 
     def __call__(self, lesson: Lesson) -> Tensor:
         distance = logits_l2 if self.on == "logits" else probabilities_l2

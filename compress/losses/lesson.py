@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from compress.models.patterns import Pattern
 from compress.product import NO_LABEL as NO_LABEL
-from compress.product import KeptChannels
+from compress.product import KeptChannels, Task
 from compress.settings import Settings
 
 
@@ -20,11 +20,11 @@ class Lesson:
     """One batch as student and teacher see it. Gradients flow into the student's tensors, never into the teacher's."""
 
     student_NK: Tensor
-    """The student's logits."""
+    """The student's outputs: logits, or numbers of a regression."""
     teacher_NK: Tensor
-    """The teacher's logits."""
+    """The teacher's."""
     labels_N: Tensor
-    """int64; `NO_LABEL` where an image has none."""
+    """As in `Batch`: int64 classes, `NO_LABEL` where an image has none."""
     student_maps: Sequence[Tensor] = ()
     """What `layers` return in the student, in their order: (N, C, H, W), (N, tokens, C) or (N, C)."""
     teacher_maps: Sequence[Tensor] = ()
@@ -83,6 +83,8 @@ class Term(Settings):
     needs_networks: ClassVar[bool] = False
     same_width: ClassVar[bool] = False
     """Compares channel with channel."""
+    tasks: ClassVar[tuple[Task, ...]] = ("classification", "multi_label", "regression")
+    """Where it makes sense; not where it reads outputs or labels as those of classes, and there are none."""
 
     weight: float = Field(default=1.0, ge=0)
     active: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
@@ -93,6 +95,10 @@ class Term(Settings):
         if self.active[0] >= self.active[1]:
             raise ValueError(f"`active: {list(self.active)}` is no part of the training: the first is the smaller")
         return self
+
+    def serves(self, task: Task) -> bool:
+        """Whether it makes sense with these settings."""
+        return task in self.tasks
 
     def parts(self, facts: Facts) -> nn.Module | None:
         """What the loss trains along with the student; None for nothing."""

@@ -1,12 +1,13 @@
 """Cross entropy with the teacher's probabilities as targets: Hinton et al., 2015 (arXiv:1503.02531), section 2."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from compress.losses.lesson import Lesson, Term
+from compress.product import Task
 
 
 def soft_cross_entropy(student_NK: Tensor, teacher_NK: Tensor, temperature: float) -> Tensor:
@@ -21,6 +22,8 @@ def soft_cross_entropy(student_NK: Tensor, teacher_NK: Tensor, temperature: floa
 
 class SoftCrossEntropy(Term):
     """Match the teacher's class probabilities by cross entropy: trains like `kd`, reports another number."""
+
+    tasks: ClassVar[tuple[Task, ...]] = ("classification",)
 
     use: Literal["ce"]
     temperature: float = Field(default=4.0, gt=0)

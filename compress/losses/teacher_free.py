@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from compress.errors import ModelError
 from compress.losses.kd import soft_targets
 from compress.losses.lesson import Facts, Lesson, Term
+from compress.product import Task
 
 
 def virtual_teacher(labels_N: Tensor, classes: int, correct: float) -> Tensor:
@@ -37,6 +38,7 @@ class TeacherFree(Term):
     ResNet-18 on CIFAR-100. The recipe's teacher has no say.
     """
 
+    tasks: ClassVar[tuple[Task, ...]] = ("classification",)
     needs_labels: ClassVar[bool] = True
     needs_teacher: ClassVar[bool] = False
 

@@ -102,6 +102,10 @@ class Weights(Term):
         ]
         return torch.stack(distances).sum()
 
+    def candidates(self, module: nn.Module) -> list[str]:
+        """Names of the layers that `layers` may mean."""
+        return list(_layers(module))
+
     def _by_index(self, kept: Mapping[str, KeptChannels] | None) -> bool:
         if self.adaptor == "kept" and kept is None:
             raise ModelError(

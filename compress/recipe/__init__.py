@@ -21,15 +21,16 @@ from ruamel.yaml.comments import CommentedSeq
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from compress.data import DataSettings
-from compress.errors import RecipeError
-from compress.models import ModelSettings
+from compress.errors import ModelError, RecipeError
+from compress.models import ModelSettings, own_preprocess, refuse_unknown
 from compress.product import Preprocess
 from compress.quantization.precision import simulated
 from compress.recipe.draft import Mistake, lay_over, read
-from compress.recipe.explain import SEVERAL, explain, uses
+from compress.recipe.explain import explain, uses
 from compress.recipe.target import TargetName
-from compress.recipe.words import Keys, dotted, shown
-from compress.settings import Settings
+from compress.recipe.task import task_mistakes
+from compress.recipe.words import Keys, dotted, plain, shown
+from compress.settings import SEVERAL, Settings
 from compress.stages import StageSettings
 from compress.stages.export import SIMULATED
 from compress.teachers.stage import mistake
@@ -42,7 +43,9 @@ __all__ = [
     "load",
     "notes",
     "order_mistakes",
+    "preprocess_line",
     "recipe_hash",
+    "resolved",
     "schema",
     "teacher_mistakes",
 ]
@@ -71,7 +74,7 @@ class Recipe(Settings):
     data: DataSettings
     """Labelled images to train on, and others to evaluate on."""
     preprocess: Preprocess = Preprocess()
-    """From an image to the network's input."""
+    """From an image to the network's input; what is left out is as a network known by name was trained."""
     target: TargetName = "local"
     """The machine that measures: `local`, a board as `ssh://user@host[:port]`, or `emulated`, an ARM userland."""
     stages: tuple[StageSettings, ...] = Field(min_length=1)
@@ -86,6 +89,7 @@ class Recipe(Settings):
         if self.report.ablate_distillation and not any(map(_distills, stages)):
             reason = "no stage has a teacher, so there is nothing to leave out; add a `distill`, or take this away"
             mistakes.append((("report", "ablate_distillation"), reason))
+        mistakes += task_mistakes(self.stages, getattr(self.data, "task", "classification"))
         if mistakes:
             text = "; ".join(f"{dotted(keys)}: {reason}" for keys, reason in mistakes)
             raise PydanticCustomError(SEVERAL, "{text}", {"text": text, "mistakes": mistakes})
@@ -114,9 +118,36 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         invalid = [Mistake(*pair) for pair in explain(Recipe, error.errors(include_url=False), draft.value)]
         invalid += _order_of_invalid(draft.value.get("stages"))
         draft.mistakes += [mistake for mistake in invalid if not draft.knows(mistake.keys)]
+    if not draft.mistakes:
+        try:
+            refuse_unknown(recipe.model)
+            recipe = resolved(recipe, Path.cwd())
+        except ModelError as error:
+            named = error.place.startswith("model.")
+            where: Keys = tuple(error.place.split(".")) if named else ("model",)
+            problem = "; ".join(filter(None, (error.problem, error.way_out)))
+            draft.mistakes.append(Mistake(where, problem if named else f"{error.place}: {problem}"))
     if draft.mistakes:
         raise RecipeError(draft.report())
     return recipe
+
+
+def resolved(recipe: Recipe, base: Path) -> Recipe:
+    """The recipe with all of `preprocess` written out: what it leaves out is what its network was made for.
+
+    Networks that do not say leave the defaults. A relative path starts at `base`. Raises ModelError.
+    """
+    given = recipe.preprocess.model_fields_set
+    if given >= Preprocess.model_fields.keys():
+        return recipe
+    own = own_preprocess(recipe.model, base)
+    if not own:
+        return recipe
+    said = {key: getattr(recipe.preprocess, key) for key in given}
+    if said.get("channels", own.get("channels")) != own.get("channels"):
+        own = {key: value for key, value in own.items() if key not in ("mean", "std")}
+    whole = Preprocess.model_validate(own | said).model_dump()
+    return recipe.model_copy(update={"preprocess": Preprocess.model_validate(whole)})
 
 
 def order_mistakes(stages: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]:
@@ -326,10 +357,15 @@ def describe(recipe: Recipe) -> list[str]:
     return lines
 
 
+def preprocess_line(recipe: Recipe) -> str:
+    """What becomes of an image before the network reads it, in one line."""
+    return ", ".join(f"{key} {_compact(value)}" for key, value in recipe.preprocess.model_dump(mode="json").items())
+
+
 def _compact(value: Any) -> str:
     """A value on one line, without needless quotes."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {_compact(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_compact, value)) + "]"
-    return value if isinstance(value, str) else json.dumps(value)
+    return plain(value) if isinstance(value, str) else json.dumps(value)

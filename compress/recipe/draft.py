@@ -173,7 +173,8 @@ def _scalar(yaml: YAML, node: Node) -> tuple[Any, str]:
                 return yaml.constructor.construct_yaml_bool(node), ""
             case "int":
                 number = yaml.constructor.construct_yaml_int(node)
-                return number, "" if abs(number) < 2**63 else f"{shown(text)} is too large a number"
+                # Not the number itself: Python refuses to write one of thousands of digits.
+                return (number, "") if abs(number) < 2**63 else (None, f"{shown(text)} is too large a number")
             case "float":
                 number = yaml.constructor.construct_yaml_float(node)
                 return number, "" if math.isfinite(number) else f"{shown(text)} is no number to calculate with"

@@ -16,9 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, Tag
 
 from compress.recipe.words import Keys, did_you_mean, plain, shown
-
-SEVERAL = "several_mistakes"
-"""Type of a validator's PydanticCustomError whose context holds `mistakes`, a list of (keys, problem)."""
+from compress.settings import SEVERAL
 
 WANTS = {
     "bool_type": "true or false",
@@ -81,7 +79,7 @@ def explain(root: type[BaseModel], errors: Iterable[Mapping[str, Any]], data: An
 
 def uses(annotation: Any) -> list[str]:
     """The names that `use` may have in a value of this type."""
-    return [name for settings in _settings(annotation) for name in _literals(settings)]
+    return [name for settings in kinds(annotation) for name in _literals(settings)]
 
 
 # Annotations
@@ -131,11 +129,11 @@ def _alternatives(annotation: Any) -> list[Any]:
     return _alternatives(members[0]) if len(members) == 1 else members
 
 
-def _settings(annotation: Any) -> list[type[BaseModel]]:
+def kinds(annotation: Any) -> list[type[BaseModel]]:
     """All settings classes that a value of this type may be, those of unions in unions too."""
     members = _alternatives(annotation)
     if len(members) > 1:
-        return [settings for member in members for settings in _settings(member)]
+        return [settings for member in members for settings in kinds(member)]
     return [member for member in members if _is_settings(member)]
 
 
@@ -152,7 +150,7 @@ def _member(alternatives: list[Any], label: str) -> Any:
     """The member of a union that pydantic calls `label`: its `use`, its Tag, its class, or a union in the union."""
     for alternative in alternatives:
         tags = [extra.tag for extra in get_args(alternative)[1:] if isinstance(extra, Tag)]
-        for settings in _settings(alternative):
+        for settings in kinds(alternative):
             if label in (*tags, *_literals(settings), settings.__name__):
                 return settings
     return next((inner for inner in alternatives if len(_alternatives(inner)) > 1), None)
@@ -160,7 +158,7 @@ def _member(alternatives: list[Any], label: str) -> Any:
 
 def _chooses(spot: _Spot) -> bool:
     """Whether the value there is one of several settings classes, told apart by `use`."""
-    return len(_settings(spot.annotation)) > 1 and bool(uses(spot.annotation))
+    return len(kinds(spot.annotation)) > 1 and bool(uses(spot.annotation))
 
 
 def _settle_unions(root: type[BaseModel], found: list[_Found], data: Any) -> list[_Found]:
@@ -247,7 +245,7 @@ def _fields(spot: _Spot, data: Any) -> str:
     fields = {key: declared for key, declared in spot.owner.model_fields.items() if key != "use"}
     takes = f"{_owner_name(spot, data)} takes {', '.join(fields) or 'no field'}"
     for key, declared in fields.items():
-        if any(name in settings.model_fields for settings in _settings(declared.annotation)):
+        if any(name in settings.model_fields for settings in kinds(declared.annotation)):
             return f"; did you mean '{key}.{name}'? {takes}"
     return did_you_mean(name, list(fields), takes)
 

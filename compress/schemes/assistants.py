@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import nn
 
 from compress.errors import ModelError
 from compress.measures import macs
-from compress.product import Network, Preprocess, Product, Run
+from compress.product import Network, Preprocess, Product, Run, Task
 from compress.pruning import MacGoal, Pruning, prune_network, refuse_unreachable
 from compress.schemes.judged import evaluation_accuracy
 from compress.settings import Settings
@@ -29,6 +29,8 @@ class Assistants(Settings):
     channel. Everybody is trained with the stage's settings and losses.
     """
 
+    tasks: ClassVar[tuple[Task, ...]] = ("classification", "multi_label", "regression")
+
     use: Literal["assistants"]
     macs: tuple[Share, ...] = Field(default=(0.66,), min_length=1)
     """Shares of the original network's multiply-adds, from large to small; all above the student's."""
@@ -45,12 +47,15 @@ class Assistants(Settings):
 
     def check(self, module: nn.Module, preprocess: Preprocess) -> None:
         """Raises ModelError for a share that pruning cannot reach or a pattern that matches no layer."""
-        refuse_unreachable(module, MacGoal(macs=self.macs[-1]), self.pruning, size=preprocess.size, place=PLACE)
+        goal = MacGoal(macs=self.macs[-1])
+        refuse_unreachable(
+            module, goal, self.pruning, size=preprocess.size, channels=preprocess.channels, place=PLACE
+        )
 
     def train(self, settings: Taught, product: Product, run: Run, label: str) -> tuple[nn.Module, dict[str, Any]]:
         networks = self.assistants(product, run)
         of_assistants = settings if self.epochs is None else settings.model_copy(update={"epochs": self.epochs})
-        before = macs(product.original.module, run.data.preprocess.size)
+        before = macs(product.original.module, run.data.preprocess.size, run.data.preprocess.channels)
         teacher: Teacher | None = None
         chain: list[dict[str, Any]] = []
         history: list[dict[str, Any]] = []
@@ -65,7 +70,7 @@ class Assistants(Settings):
             )
             teacher = Frozen(Network(module, network.structure), run, related=True)
             history += [{"assistant": number, **epoch} for epoch in metrics["history"]]
-            share = macs(module, run.data.preprocess.size) / before
+            share = macs(module, run.data.preprocess.size, run.data.preprocess.channels) / before
             chain.append({"assistant": number, "macs": share, "accuracy": evaluation_accuracy(module, run)})
         module, metrics = teach(
             product.network.module, settings, product, run, label=f"{label} student", teacher=teacher
@@ -75,8 +80,9 @@ class Assistants(Settings):
 
     def assistants(self, product: Product, run: Run) -> list[Network]:
         """The untrained assistants. Raises ModelError where one would be as narrow as the student."""
-        size = run.data.preprocess.size
-        student, before = macs(product.network.module, size), macs(product.original.module, size)
+        given = run.data.preprocess
+        student = macs(product.network.module, given.size, given.channels)
+        before = macs(product.original.module, given.size, given.channels)
         if int(self.macs[-1] * before) <= student:
             raise ModelError(
                 PLACE,

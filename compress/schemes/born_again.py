@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from compress.errors import ModelError
-from compress.product import Network, Preprocess, Product, Run
+from compress.product import Network, Preprocess, Product, Run, Task
 from compress.schemes.judged import evaluation_accuracy
 from compress.settings import Settings
 from compress.teachers.several import Ensemble, mean_logits
@@ -70,6 +70,8 @@ class BornAgain(Settings):
     draws another order of images and other augmentations. The paper's loss is `labels: 1` with
     `losses: [{use: kd, temperature: 1, weight: 1}]`.
     """
+
+    tasks: ClassVar[tuple[Task, ...]] = ("classification", "multi_label", "regression")
 
     use: Literal["born_again"]
     generations: int = Field(default=3, ge=1)

@@ -23,7 +23,7 @@ def split(module: nn.Module, after: str, preprocess: Preprocess) -> tuple[str, f
     """
     if after != "auto":
         return after, tail_after(module, after)
-    ends = stage_ends(module, preprocess.size)
+    ends = stage_ends(module, preprocess.size, preprocess.channels)
     if len(ends) < 2:
         raise ModelError(
             f"layer {ends[-1]}", "`after: auto` needs two stages, and the image never gets smaller", "name a layer"

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -16,11 +16,11 @@ from torch.nn import functional as F
 
 from compress.errors import TrainingError
 from compress.observation import observe
-from compress.product import Batch, Preprocess, Product, Run
+from compress.product import Batch, Preprocess, Product, Run, Task
 from compress.schemes.judged import accuracies_apart
 from compress.settings import Settings
 from compress.teaching import Objective, Taught, objective
-from compress.training import cross_entropy, fit
+from compress.training import fit, outputs_loss
 
 PLACE = "scheme codistillation"
 
@@ -96,6 +96,8 @@ class Codistillation(Settings):
     also reads other images.
     """
 
+    tasks: ClassVar[tuple[Task, ...]] = ("classification",)
+
     use: Literal["codistillation"]
     every: int = Field(default=50, ge=1)
     """Steps between two exchanges of the networks."""
@@ -123,8 +125,9 @@ class Codistillation(Settings):
         # Of all images, in an order and with augmentations of its own.
         own = replace(run, seed=run.seed + run.rank, rank=0, world_size=1)
         goal: Objective | None = None
+        judged = outputs_loss(run.data, settings)
         if self.with_teacher:
-            goal = objective(settings, product, own, student=student, label_smoothing=settings.label_smoothing)
+            goal = objective(settings, product, own, student=student, training=settings)
         copies: Copies | None = None
         step = 0
         first: int | None = None
@@ -132,10 +135,7 @@ class Codistillation(Settings):
         def loss(module: nn.Module, batch: Batch) -> Tensor:
             nonlocal copies, step, first
             said = observe(module, batch.images_NCHW) if goal is None else goal.see(module, batch)
-            if goal is None:
-                total = cross_entropy(said.logits_NK, batch.labels_N, settings.label_smoothing)
-            else:
-                total = goal.judge(said, batch, module)
+            total = judged(said.logits_NK, batch.labels_N) if goal is None else goal.judge(said, batch, module)
             if batch.progress >= self.burn_in:
                 first = step if first is None else first
                 copies = copies or Copies(module)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from compress.errors import ModelError
 from compress.observation import observe, stage_ends
-from compress.product import Batch, Preprocess, Product, Run
+from compress.product import Batch, Preprocess, Product, Run, Task
 from compress.schemes.branches import pooled
 from compress.schemes.generator import Generator, Noise
 from compress.settings import Settings
@@ -86,6 +86,8 @@ class DataFree(Settings):
     labels. The run's data only says which classes there are and how pixels are normalised (and evaluates the result).
     """
 
+    tasks: ClassVar[tuple[Task, ...]] = ("classification",)
+
     use: Literal["data_free"]
     steps: int = Field(default=120, ge=1)
     """In an epoch."""
@@ -123,11 +125,11 @@ class DataFree(Settings):
             raise ModelError(PLACE, "the generator learns from one network, and this teacher has several", "name one")
         teacher = copied(goal.teacher.network.module, blind)
         self._refuse_no_batchnorm(teacher)
-        size = run.data.preprocess.size
-        last = stage_ends(teacher, size)[-1]
+        given = run.data.preprocess
+        last = stage_ends(teacher, given.size, given.channels)[-1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
-            generator = Generator(self.latent, size, self.channels)
+            generator = Generator(self.latent, given.size, self.channels, given.channels)
         module, metrics = goal.train(
             student,
             settings,

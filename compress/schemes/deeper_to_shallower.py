@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -14,10 +14,11 @@ from compress.errors import ModelError
 from compress.losses.kd import soft_targets
 from compress.models.patterns import matching
 from compress.observation import answers_to_blank, observable, stage_ends
-from compress.product import Batch, Preprocess, Product, Run
+from compress.product import Batch, Preprocess, Product, Run, Task
 from compress.settings import Settings
+from compress.tasks.classification import cross_entropy
 from compress.teaching.objective import Objective, Taught, objective
-from compress.training import cross_entropy
+from compress.training import OutputsLoss
 
 PLACE = "scheme deeper_to_shallower"
 
@@ -33,7 +34,7 @@ def self_distillation(
     soft: float,
     temperature: float,
     hints: float,
-    label_smoothing: float = 0.0,
+    labels_loss: OutputsLoss = cross_entropy,
 ) -> Tensor:
     """One shallow classifier's loss: `labels` times the cross entropy, `soft` times T^2 KL(deepest || shallow), `hints`
     times the squared Euclidean distance to the deepest features; each a batch mean (equations 2 to 4 of the paper).
@@ -42,7 +43,7 @@ def self_distillation(
     """
     distance = (shallow_NC - deepest_NC.detach()).square().sum(1).mean()
     softened = soft_targets(shallow_NK, deepest_NK.detach(), temperature)
-    hard = cross_entropy(shallow_NK, labels_N, label_smoothing)
+    hard = labels_loss(shallow_NK, labels_N)
     return labels * hard + soft * softened + hints * distance
 
 
@@ -81,6 +82,8 @@ class DeeperToShallower(Settings):
     paper's squared distance as the batch's mean. Instead of the paper's bottlenecks, separable convolutions.
     """
 
+    tasks: ClassVar[tuple[Task, ...]] = ("classification",)
+
     use: Literal["deeper_to_shallower"]
     layers: Literal["auto"] | tuple[str, ...] = "auto"
     """Layers with a classifier behind them, by name or pattern; the deepest of them gets none, it says what the
@@ -95,11 +98,11 @@ class DeeperToShallower(Settings):
 
     def check(self, module: nn.Module, preprocess: Preprocess) -> None:
         """Raises ModelError for a pattern that matches no layer, or where fewer than two layers return maps."""
-        self.chosen(module, preprocess.size)
+        self.chosen(module, preprocess.size, preprocess.channels)
 
     def train(self, settings: Taught, product: Product, run: Run, label: str) -> tuple[nn.Module, dict[str, Any]]:
         student = product.network.module
-        goal = objective(settings, product, run, student=student, label_smoothing=settings.label_smoothing)
+        goal = objective(settings, product, run, student=student, training=settings)
         heads, deepest = self.build(student, run)
         module, metrics = goal.train(
             student,
@@ -110,15 +113,15 @@ class DeeperToShallower(Settings):
         )
         return module, metrics | {"scheme": self.use, "layers": [*heads, deepest]}
 
-    def chosen(self, module: nn.Module, size: int) -> dict[str, tuple[int, ...]]:
+    def chosen(self, module: nn.Module, size: int, channels: int = 3) -> dict[str, tuple[int, ...]]:
         """The layers and the shapes of their maps without the batch, the deepest last."""
         if self.layers == "auto":
-            names = stage_ends(module, size)
+            names = stage_ends(module, size, channels)
         else:
             known = observable(module)
             found = {name for pattern in self.layers for name in matching(pattern, known, field="layers", place=PLACE)}
             names = [name for name in known if name in found]
-        maps = answers_to_blank(module, size, names).maps
+        maps = answers_to_blank(module, size, names, channels).maps
         shapes = {name: tuple(maps[name].shape[1:]) for name in maps}  # in the order in which they ran
         flat = [name for name, shape in shapes.items() if len(shape) != 3]
         if flat or len(shapes) < 2:
@@ -128,7 +131,7 @@ class DeeperToShallower(Settings):
 
     def build(self, student: nn.Module, run: Run) -> tuple[dict[str, Head], str]:
         """A head for each layer but the deepest, and the deepest."""
-        shapes = self.chosen(student, run.data.preprocess.size)
+        shapes = self.chosen(student, run.data.preprocess.size, run.data.preprocess.channels)
         *shallow, deepest = shapes
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
@@ -151,6 +154,6 @@ class DeeperToShallower(Settings):
                 soft=self.soft,
                 temperature=self.temperature,
                 hints=self.hints,
-                label_smoothing=goal.label_smoothing,
+                labels_loss=goal.labels_loss,
             )
         return total

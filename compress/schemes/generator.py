@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.errors import DataError
-from compress.product import NO_LABEL, Batch, Data, Preprocess, Split
+from compress.product import NO_LABEL, Batch, Data, Preprocess, Scale, Split, Task
 
 
 class Generator(nn.Module):
-    """Images (N, 3, size, size) from noise (N, latent, 1, 1), as DAFL's (Chen et al., 2019, arXiv:1904.01186).
+    """Images (N, colours, size, size) from noise (N, latent, 1, 1), as DAFL's (Chen et al., 2019, arXiv:1904.01186).
 
     A linear layer to a map of about 8 x 8 (a quarter of the size for small images), which is doubled with a convolution
     each time; at the end tanh and a BatchNorm without parameters, so each colour has mean 0 and variance 1 over the
@@ -25,7 +25,7 @@ class Generator(nn.Module):
     BatchNorm, as in the authors' code, would leave less contrast after each doubling.)
     """
 
-    def __init__(self, latent: int, size: int, channels: int = 128) -> None:
+    def __init__(self, latent: int, size: int, channels: int = 128, colours: int = 3) -> None:
         super().__init__()
         doublings = max(2, math.ceil(math.log2(size / 8)))
         self.sides = [math.ceil(size / 2**left) for left in range(doublings, -1, -1)]
@@ -36,7 +36,8 @@ class Generator(nn.Module):
             nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.LeakyReLU(0.2))
             for inputs, outputs in pairwise(widths)
         )
-        self.last = nn.Sequential(nn.Conv2d(widths[-1], 3, 3, padding=1), nn.Tanh(), nn.BatchNorm2d(3, affine=False))
+        last = nn.Conv2d(widths[-1], colours, 3, padding=1)
+        self.last = nn.Sequential(last, nn.Tanh(), nn.BatchNorm2d(colours, affine=False))
 
     def forward(self, noise: Tensor) -> Tensor:
         side = self.sides[0]
@@ -61,8 +62,20 @@ class Noise:
     """How many rows of noise an epoch has."""
 
     @property
+    def task(self) -> Task:
+        return self.data.task
+
+    @property
     def labels(self) -> tuple[str, ...]:
         return self.data.labels
+
+    @property
+    def scale(self) -> Scale | None:
+        return self.data.scale
+
+    @property
+    def label_weights(self) -> tuple[float, ...] | None:
+        return self.data.label_weights
 
     @property
     def preprocess(self) -> Preprocess:

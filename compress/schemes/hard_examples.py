@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from compress.losses.kd import soft_targets
 from compress.observation import unwrapped
-from compress.product import Batch, Preprocess, Product, Run
+from compress.product import Batch, Preprocess, Product, Run, Task
 from compress.schemes.generator import Generator, Noise
 from compress.settings import Settings
 from compress.teaching.objective import Objective, Taught, objective
@@ -47,6 +47,8 @@ class HardExamples(Settings):
     evaluates the result).
     """
 
+    tasks: ClassVar[tuple[Task, ...]] = ("classification",)
+
     use: Literal["hard_examples"]
     loss: Literal["l1", "kl"] = "l1"
     """What the generator maximises and the student minimises."""
@@ -73,7 +75,8 @@ class HardExamples(Settings):
         goal = objective(settings, product, blind, student=student)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
-            generator = Generator(self.latent, run.data.preprocess.size, self.channels)
+            given = run.data.preprocess
+            generator = Generator(self.latent, given.size, self.channels, given.channels)
 
         def loss(module: nn.Module, batch: Batch) -> Tensor:
             turn = (batch.step + 1) % self.student_steps == 0

@@ -5,16 +5,19 @@ from __future__ import annotations
 from torch import nn
 
 from compress import processes
-from compress.measures import accuracy
+from compress.measures import score
 from compress.product import Run
 
 
 def evaluation_accuracy(module: nn.Module, run: Run) -> float:
-    """Top-1 accuracy on the evaluation split, measured by the first process: for the report, not to choose by."""
-    return processes.shared(lambda: accuracy(module, run.data.batches("evaluation", batch_size=64), run.device))
+    """The task's score on the evaluation split, measured by the first process: for the report, not to choose by."""
+    return processes.shared(lambda: _score(module, run))
 
 
 def accuracies_apart(module: nn.Module, run: Run) -> list[float]:
     """The same of each process's own network, in the order of ranks."""
-    mine = accuracy(module, run.data.batches("evaluation", batch_size=64), run.device)
-    return processes.gathered(mine)
+    return processes.gathered(_score(module, run))
+
+
+def _score(module: nn.Module, run: Run) -> float:
+    return score(module, run.data.batches("evaluation", batch_size=64), run.device, run.data.task)

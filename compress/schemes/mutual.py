@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from compress.losses.kd import soft_targets
 from compress.measures import macs
 from compress.observation import observe
-from compress.product import Batch, Network, Preprocess, Product, Run
+from compress.product import Batch, Network, Preprocess, Product, Run, Task
 from compress.pruning import MacGoal, Pruning, prune_network, refuse_unreachable
 from compress.schemes.judged import evaluation_accuracy
 from compress.settings import Settings
 from compress.teaching import Objective, Taught, objective
-from compress.training import cross_entropy, fit
+from compress.training import fit, outputs_loss
 
 PLACE = "scheme mutual"
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -46,6 +46,8 @@ class MutualLearning(Settings):
     before the step. Costs a forward and a backward pass of every peer.
     """
 
+    tasks: ClassVar[tuple[Task, ...]] = ("classification",)
+
     use: Literal["mutual"]
     macs: tuple[Share, ...] = Field(default=(0.75, 0.5), min_length=1)
     """One peer for each: its share of the original network's multiply-adds; 1 is a copy of the whole network."""
@@ -67,7 +69,14 @@ class MutualLearning(Settings):
     def check(self, module: nn.Module, preprocess: Preprocess) -> None:
         """Raises ModelError for a share that pruning cannot reach or a pattern that matches no layer."""
         if (share := min(self.macs)) < 1:
-            refuse_unreachable(module, MacGoal(macs=share), self.pruning, size=preprocess.size, place=PLACE)
+            refuse_unreachable(
+                module,
+                MacGoal(macs=share),
+                self.pruning,
+                size=preprocess.size,
+                channels=preprocess.channels,
+                place=PLACE,
+            )
 
     def peers(self, original: Network, run: Run) -> list[nn.Module]:
         """The cohort without the student, before it is trained."""
@@ -84,15 +93,16 @@ class MutualLearning(Settings):
         layout = torch.channels_last if run.data.channels_last else torch.contiguous_format
         peers.to(memory_format=layout)  # type: ignore[call-overload]
         goal: Objective | None = None
+        judged = outputs_loss(run.data, settings)
         if self.with_teacher:
-            goal = objective(settings, product, run, student=student, label_smoothing=settings.label_smoothing)
+            goal = objective(settings, product, run, student=student, training=settings)
 
         def loss(module: nn.Module, batch: Batch) -> Tensor:
             said = observe(module, batch.images_NCHW) if goal is None else goal.see(module, batch)
             images_NCHW = batch.images_NCHW.detach()
             logits_MNK = [said.logits_NK, *(peer(images_NCHW) for peer in peers)]
             divergences = mean_kl_to_others(logits_MNK, self.temperature)
-            own = [cross_entropy(logits_NK, batch.labels_N, settings.label_smoothing) for logits_NK in logits_MNK]
+            own = [judged(logits_NK, batch.labels_N) for logits_NK in logits_MNK]
             if goal is not None:
                 own[0] = goal.judge(said, batch, module)
             return sum(
@@ -110,9 +120,10 @@ class MutualLearning(Settings):
             companion=nn.ModuleList([peers, goal.companion]) if goal and goal.companion else peers,
             memory=goal,
         )
-        before = macs(product.original.module, run.data.preprocess.size)
+        given = run.data.preprocess
+        before = macs(product.original.module, given.size, given.channels)
         cohort = [
-            {"macs": macs(peer, run.data.preprocess.size) / before, "accuracy": evaluation_accuracy(peer, run)}
+            {"macs": macs(peer, given.size, given.channels) / before, "accuracy": evaluation_accuracy(peer, run)}
             for peer in peers
         ]
         found = {"scheme": "mutual", "peers": cohort, "accuracy": evaluation_accuracy(trained, run)}

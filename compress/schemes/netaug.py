@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -16,7 +16,7 @@ from compress.errors import ModelError
 from compress.models.coupled import channel_rows, find_coupled
 from compress.models.structure import select
 from compress.observation import Answers, observe, unwrapped
-from compress.product import Batch, KeptChannels, Network, Preprocess, Product, Run
+from compress.product import Batch, KeptChannels, Network, Preprocess, Product, Run, Task
 from compress.settings import Settings
 from compress.teaching.alignment import channels as channels_of
 from compress.teaching.alignment import kept as kept_of
@@ -72,11 +72,11 @@ class Extra:
     """By the name of each weight that reads them, int64 (units, elements): where in the flattened weight."""
 
 
-def extras(parent: nn.Module, kept: Mapping[str, KeptChannels], size: int) -> list[Extra]:
+def extras(parent: nn.Module, kept: Mapping[str, KeptChannels], size: int, channels: int = 3) -> list[Extra]:
     """What can be added to the student, set by set of coupled channels. Raises ModelError for sets kept in part."""
     found = []
     layers = dict(parent.named_modules())
-    for coupled in find_coupled(parent, size)[0]:
+    for coupled in find_coupled(parent, size, channels)[0]:
         gone: Tensor | None = None
         for (name, side), units in coupled.places.items():
             chosen = kept.get(name, KeptChannels())
@@ -125,10 +125,10 @@ class Augmented(nn.Module):
     its BatchNorm layers, which are its own. Where the student has a value, the one here is never used.
     """
 
-    def __init__(self, parent: nn.Module, kept: Mapping[str, KeptChannels], size: int) -> None:
+    def __init__(self, parent: nn.Module, kept: Mapping[str, KeptChannels], size: int, channels: int = 3) -> None:
         super().__init__()
         self.wide = _Observed(copy.deepcopy(parent))
-        self.extras = extras(parent, kept, size)
+        self.extras = extras(parent, kept, size, channels)
         if not self.extras:
             raise ModelError(PLACE, "nothing was taken out of the network that could be added again", "prune it first")
         names = dict(self.wide.network.named_parameters())
@@ -198,6 +198,8 @@ class NetAug(Settings):
     networks' BatchNorm statistics are their own, so the student's stay what they are without augmentation.
     """
 
+    tasks: ClassVar[tuple[Task, ...]] = ("classification", "multi_label", "regression")
+
     use: Literal["netaug"]
     weight: float = Field(default=1.0, ge=0)
     """Of the wider network's loss, which is computed as the student's: `losses` and `labels` of the stage."""
@@ -209,12 +211,12 @@ class NetAug(Settings):
 
     def check(self, module: nn.Module, preprocess: Preprocess) -> None:
         """Raises ModelError for a network that pruning cannot follow."""
-        find_coupled(module, preprocess.size)
+        find_coupled(module, preprocess.size, preprocess.channels)
 
     def train(self, settings: Taught, product: Product, run: Run, label: str) -> tuple[nn.Module, dict[str, Any]]:
         student = product.network.module
-        goal = objective(settings, product, run, student=student, label_smoothing=settings.label_smoothing)
-        augmented = augment(product, run.data.preprocess.size)
+        goal = objective(settings, product, run, student=student, training=settings)
+        augmented = augment(product, run.data.preprocess.size, run.data.preprocess.channels)
         kept = kept_maps(product.network, product.original, goal.layers)
         drawn = torch.Generator()
         epoch = -1
@@ -260,13 +262,13 @@ class NetAug(Settings):
         return total + self.weight * goal.judge(Answers(wider.logits_NK, maps), batch, module, again=True)
 
 
-def augment(product: Product, size: int) -> Augmented:
+def augment(product: Product, size: int, channels: int = 3) -> Augmented:
     """The augmented network of a pruned student. Raises ModelError where it was not pruned, or is not float."""
     student, parent = product.network, product.original
     if student.structure.quantize is not None or parent.structure.quantize is not None:
         raise ModelError(PLACE, "the network is already quantized", "put `distill` with this scheme before `quantize`")
     kept = kept_since(student.structure.kept, parent.structure.kept)
-    augmented = Augmented(parent.module, kept, size)
+    augmented = Augmented(parent.module, kept, size, channels)
     augmented.refuse_misfit(student.module)
     return augmented
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.observation import answers_to_blank
-from compress.product import Batch, Preprocess, Product, Run
+from compress.product import Batch, Preprocess, Product, Run, Task
 from compress.schemes.branches import (
     copies_of,
     pooled,
@@ -21,8 +21,9 @@ from compress.schemes.branches import (
     with_features,
 )
 from compress.settings import Settings
+from compress.tasks.classification import cross_entropy
 from compress.teaching.objective import Objective, Taught, objective
-from compress.training import cross_entropy
+from compress.training import OutputsLoss
 
 
 def attention(queries_NMD: Tensor, keys_NMD: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ def diverse_peers(
     labels_N: Tensor,
     temperature: float,
     weight: float,
-    label_smoothing: float = 0.0,
+    labels_loss: OutputsLoss = cross_entropy,
 ) -> Tensor:
     """What OKDDip adds to the leader's own loss: the labels for each peer, and `weight` times the two levels of
     T^2 KL (equations 4, 6 and 8, batch means).
@@ -59,7 +60,7 @@ def diverse_peers(
     targets_MNK = torch.einsum("nab,bnk->ank", attention_NMM, soft_MNK)
     total = weight * divergence(soft_MNK.mean(0).detach(), leader_NK, temperature)
     for peer_NK, target_NK in zip(peers_MNK, targets_MNK, strict=True):
-        total = total + cross_entropy(peer_NK, labels_N, label_smoothing)
+        total = total + labels_loss(peer_NK, labels_N)
         total = total + weight * divergence(target_NK, peer_NK, temperature)
     return total
 
@@ -90,6 +91,8 @@ class Okddip(Settings):
     before.
     """
 
+    tasks: ClassVar[tuple[Task, ...]] = ("classification",)
+
     use: Literal["okddip"]
     after: str = "auto"
     """The layer behind which branches begin; `auto`: the end of the last stage but one, as in the paper."""
@@ -112,7 +115,7 @@ class Okddip(Settings):
     def train(self, settings: Taught, product: Product, run: Run, label: str) -> tuple[nn.Module, dict[str, Any]]:
         refuse_quantized(product.network.structure, self.use)
         student = product.network.module
-        goal = objective(settings, product, run, student=student, label_smoothing=settings.label_smoothing)
+        goal = objective(settings, product, run, student=student, training=settings)
         cut, peers = self.build(student, run)
         module, metrics = goal.train(
             student,
@@ -127,9 +130,9 @@ class Okddip(Settings):
         """The layer behind which branches begin, and the peers."""
         cut, tail = split(student, self.after, run.data.preprocess)
         tail = with_features(tail)
-        size = run.data.preprocess.size
+        given = run.data.preprocess
         with torch.no_grad():
-            shared = answers_to_blank(student, size, (cut,)).maps[cut]
+            shared = answers_to_blank(student, given.size, (cut,), given.channels).maps[cut]
             channels = pooled(tail(shared)[0]).shape[1]
         generator = torch.Generator().manual_seed(run.seed)
         with torch.random.fork_rng(devices=[]):
@@ -144,5 +147,5 @@ class Okddip(Settings):
         peers_MNK, attention_NMM = peers(said.maps[cut])
         now = self.weight * ramp(batch.progress, self.ramp)
         return goal.judge(said, batch, module) + diverse_peers(
-            said.logits_NK, peers_MNK, attention_NMM, batch.labels_N, self.temperature, now, goal.label_smoothing
+            said.logits_NK, peers_MNK, attention_NMM, batch.labels_N, self.temperature, now, goal.labels_loss
         )

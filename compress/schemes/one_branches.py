@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from compress.losses.kd import soft_targets
 from compress.observation import Answers, answers_to_blank
-from compress.product import Batch, Preprocess, Product, Run
+from compress.product import Batch, Preprocess, Product, Run, Task
 from compress.schemes.branches import copies_of, pooled, ramp, refuse_quantized, split
 from compress.settings import Settings
+from compress.tasks.classification import cross_entropy
 from compress.teaching.objective import Objective, Taught, objective
-from compress.training import cross_entropy
+from compress.training import OutputsLoss
 
 
 class Gate(nn.Module):
@@ -44,7 +45,7 @@ def native_ensemble(
     labels_N: Tensor,
     temperature: float,
     weight: float,
-    label_smoothing: float = 0.0,
+    labels_loss: OutputsLoss = cross_entropy,
 ) -> Tensor:
     """What ONE adds to the first branch's own loss: the labels for the other branches and for the gated ensemble, plus
     `weight` times T^2 KL(ensemble || branch) summed over all branches (equations 5 to 7, batch mean, in nats).
@@ -53,9 +54,9 @@ def native_ensemble(
     nothing.
     """
     ensemble_NK = gated(logits_MNK, weights_NM)
-    total = cross_entropy(ensemble_NK, labels_N, label_smoothing)
+    total = labels_loss(ensemble_NK, labels_N)
     for logits_NK in logits_MNK[1:]:
-        total = total + cross_entropy(logits_NK, labels_N, label_smoothing)
+        total = total + labels_loss(logits_NK, labels_N)
     for logits_NK in logits_MNK:
         total = total + weight * soft_targets(logits_NK, ensemble_NK.detach(), temperature)
     return total
@@ -82,6 +83,8 @@ class One(Settings):
     tail with noise, because they have been trained before. Functional dropout does nothing in the other branches.
     """
 
+    tasks: ClassVar[tuple[Task, ...]] = ("classification",)
+
     use: Literal["one"]
     after: str = "auto"
     """The layer behind which branches begin; `auto`: the end of the last stage but one, as in the paper."""
@@ -102,7 +105,7 @@ class One(Settings):
     def train(self, settings: Taught, product: Product, run: Run, label: str) -> tuple[nn.Module, dict[str, Any]]:
         refuse_quantized(product.network.structure, self.use)
         student = product.network.module
-        goal = objective(settings, product, run, student=student, label_smoothing=settings.label_smoothing)
+        goal = objective(settings, product, run, student=student, training=settings)
         cut, branches = self.build(student, run)
         module, metrics = goal.train(
             student,
@@ -117,8 +120,8 @@ class One(Settings):
         """The layer behind which branches begin, and the other branches with the gate."""
         cut, tail = split(student, self.after, run.data.preprocess)
         generator = torch.Generator().manual_seed(run.seed)
-        size = run.data.preprocess.size
-        shared = answers_to_blank(student, size, (cut,)).maps[cut]
+        given = run.data.preprocess
+        shared = answers_to_blank(student, given.size, (cut,), given.channels).maps[cut]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
             gate = Gate(pooled(shared).shape[1], self.branches)
@@ -131,5 +134,5 @@ class One(Settings):
         now = self.weight * ramp(batch.progress, self.ramp)
         logits_MNK = [said.logits_NK, *others]
         return goal.judge(said, batch, module) + native_ensemble(
-            logits_MNK, weights_NM, batch.labels_N, self.temperature, now, goal.label_smoothing
+            logits_MNK, weights_NM, batch.labels_N, self.temperature, now, goal.labels_loss
         )

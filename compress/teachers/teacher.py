@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Protocol
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import ModelError
+from compress.models.weights import state_sha256
 from compress.observation import Answers, observe
 from compress.product import Batch, Data, Network, Run
 from compress.quantization import fold_batchnorm
@@ -108,15 +108,7 @@ def on_device(module: nn.Module, run: Run) -> nn.Module:
 
 def fingerprint(network: Network) -> str:
     """SHA-256 over the network's structure and every bit of its state."""
-    found = hashlib.sha256(network.structure.model_dump_json().encode())
-    for name, tensor in network.module.state_dict().items():
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(_bytes(tensor))
-    return found.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return state_sha256(network.module.state_dict(), network.structure.model_dump_json())
 
 
 def refuse_other_task(network: Network, data: Data, place: str) -> None:
@@ -126,6 +118,17 @@ def refuse_other_task(network: Network, data: Data, place: str) -> None:
             place,
             f"this teacher sees other pixels ({network.structure.preprocess})",
             "name a network trained with this recipe's `preprocess`",
+        )
+    task, scale = network.structure.task, network.structure.scale
+    if task != data.task:
+        raise ModelError(
+            place, f"this teacher was trained for {task}, the data is for {data.task}", "name one of the same task"
+        )
+    if scale != data.scale:
+        raise ModelError(
+            place,
+            "this teacher's numbers have another unit: it was trained on images with another mean or spread of them",
+            "name a network trained on the same images",
         )
     classes = network.structure.num_classes
     if classes != len(data.labels):

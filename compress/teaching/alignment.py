@@ -35,8 +35,8 @@ def channels(network: Network, layers: Sequence[str]) -> dict[str, tuple[Channel
     try:
         graph_module = trace(network.module)
         with torch.no_grad():
-            size = network.structure.preprocess.size
-            ShapeProp(graph_module).propagate(torch.zeros(1, 3, size, size))
+            given = network.structure.preprocess
+            ShapeProp(graph_module).propagate(torch.zeros(1, given.channels, given.size, given.size))
     except (ModelError, RuntimeError):  # cannot be followed
         return dict.fromkeys(layers)
     modules = dict(graph_module.named_modules())
@@ -69,7 +69,7 @@ def _of_node(
     node: fx.Node, modules: dict[str, nn.Module], known: dict[fx.Node, tuple[Channel, ...] | None], network: Network
 ) -> tuple[Channel, ...] | None:
     if node.op == "placeholder":
-        return tuple(("image", index) for index in range(3))
+        return tuple(("image", index) for index in range(network.structure.preprocess.channels))
     if node.op not in ("call_module", "call_function", "call_method"):
         return None
     kind: Any = modules[str(node.target)] if node.op == "call_module" else node.target

@@ -7,11 +7,9 @@ with and without a cache. Batches of another size, another number of threads or 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress import __version__
+from compress import __version__, locks
 from compress.data.loader import ImageData
 from compress.data.unlabeled import WithUnlabeled, numbered
 from compress.errors import DataError
@@ -110,14 +108,9 @@ class Cached:
         self.images, self.classes = numbered(run.data), len(run.data.labels)
         self.row = np.dtype([("logits", "<f4", (self.classes,)), ("pixels", "<u4"), ("check", "<u4")])
         wanted = facts(run, fingerprint, augment=augment)
-        try:
-            self._refuse_other_content()
-            folder.mkdir(parents=True, exist_ok=True)
-            with self._locked(fcntl.LOCK_EX):
-                self._open(wanted)
-        except OSError as error:
-            problem = f"the teacher's answers cannot be kept here ({error.strerror})"
-            raise DataError(folder, problem, "name another folder as `cache`") from error
+        refuse_unusable(folder)
+        with locks.briefly(self.folder / LOCK):
+            self._open(wanted)
 
     def __call__(self, batch: Batch) -> Tensor:
         """float32 logits, in the order of the batch. Raises DataError for a file that was cut short or altered."""
@@ -125,7 +118,7 @@ class Cached:
         view = batch.view if self.augment else 0
         path = self.folder / (f"{self.seed}-{view}{ROWS}" if self.augment else f"plain{ROWS}")
         try:
-            with self._locked(fcntl.LOCK_SH):
+            with locks.briefly(self.folder / LOCK, shared=True):
                 rows = self._read(path, numbers)
             if not rows["check"].all():
                 logits = self.ask(batch).float().cpu().numpy()
@@ -134,7 +127,7 @@ class Cached:
                 # Before the lock, which holds up all others; what they answer meanwhile is left as they wrote it.
                 places = np.flatnonzero(rows["check"] == 0).tolist()
                 new = {place: self._row(path, numbers[place], logits[place], batch, place) for place in places}
-                with self._locked(fcntl.LOCK_EX):
+                with locks.briefly(self.folder / LOCK):
                     self._write(path, numbers, new)
                     rows = self._read(path, numbers)
         except OSError as error:
@@ -147,12 +140,6 @@ class Cached:
             )
         return torch.from_numpy(rows["logits"].copy()).to(batch.images_NCHW.device)
 
-    @contextmanager
-    def _locked(self, kind: int) -> Iterator[None]:
-        with (self.folder / LOCK).open("ab") as file:
-            fcntl.flock(file, kind)
-            yield
-
     def _open(self, wanted: dict[str, Any]) -> None:
         """Writes the header of a new cache, or compares the one that is there."""
         header = self.folder / HEADER
@@ -164,17 +151,8 @@ class Cached:
             if different := _different(found, wanted):
                 raise DataError(self.folder, f"is a stale cache: {different}", way_out)
             return
-        self._refuse_other_content()
+        _refuse_other_content(self.folder)
         write_json(header, wanted)
-
-    def _refuse_other_content(self) -> None:
-        """Raises DataError for a folder with something that is no cache, and leaves it as it is."""
-        if not self.folder.is_dir() or (self.folder / HEADER).exists():
-            return
-        others = sorted(path.name for path in self.folder.iterdir() if path.name not in (LOCK, f"{HEADER}.tmp"))
-        if others:
-            problem = f"holds {others[0]}, but no {HEADER} that says whose answers these are"
-            raise DataError(self.folder, problem, "name an empty or a new folder as `cache`")
 
     def _read(self, path: Path, numbers: list[int]) -> np.ndarray:
         """Records, with check 0 where nothing is known; whoever calls holds the lock."""
@@ -217,6 +195,28 @@ class Cached:
         if found != wanted:
             kind = "was cut short" if found < wanted else "is too long"
             raise DataError(path, f"{kind} ({found} of {wanted} bytes)", f"remove {self.folder}")
+
+
+def refuse_unusable(folder: Path) -> None:
+    """Makes a cache's folder where it is missing. Raises DataError for one that cannot be written, or is no cache."""
+    try:
+        _refuse_other_content(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with locks.briefly(folder / LOCK):
+            pass
+    except OSError as error:
+        problem = f"the teacher's answers cannot be kept here ({error.strerror})"
+        raise DataError(folder, problem, "name another folder as `cache`") from error
+
+
+def _refuse_other_content(folder: Path) -> None:
+    """Raises DataError for a folder with something that is no cache, and leaves it as it is."""
+    if not folder.is_dir() or (folder / HEADER).exists():
+        return
+    others = sorted(path.name for path in folder.iterdir() if path.name not in (LOCK, f"{HEADER}.tmp"))
+    if others:
+        problem = f"holds {others[0]}, but no {HEADER} that says whose answers these are"
+        raise DataError(folder, problem, "name an empty or a new folder as `cache`")
 
 
 def facts(run: Run, fingerprint: str, *, augment: bool) -> dict[str, Any]:

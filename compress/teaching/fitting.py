@@ -12,6 +12,7 @@ from torch import nn
 
 from compress.errors import ModelError
 from compress.losses.lesson import FeatureTerm
+from compress.losses.weights import Weights
 from compress.models.patterns import matching
 from compress.observation import answers_to_blank
 from compress.product import Network, Preprocess, Structure
@@ -28,7 +29,7 @@ def refuse_misfits(
     losses: Sequence[Any],
     teacher: TeacherSettings,
     module: nn.Module,
-    size: int,
+    preprocess: Preprocess,
     place: str,
     *,
     quantized: bool = False,
@@ -40,15 +41,15 @@ def refuse_misfits(
     """
     names = [name for name, _ in module.named_modules() if name]
     alike = all(single.use != "saved" for single in everyone(teacher))
-    classes = answers_to_blank(module, size).logits_NK.shape[1]
-    structure = Structure(model={}, num_classes=classes, preprocess=Preprocess(size=size))
+    classes = answers_to_blank(module, preprocess.size, channels=preprocess.channels).logits_NK.shape[1]
+    structure = Structure(model={}, num_classes=classes, preprocess=preprocess)
     network = Network(module, structure)
     for number, term in enumerate(losses):
         where = f"{place}: losses.{number} ({term.use})"
         if term.needs_input_gradients:
             if quantized or rounds(module):
                 refuse_rounding(where)
-            refuse_single_derivatives(module, size, where)
+            refuse_single_derivatives(module, preprocess, where)
         if isinstance(term, FeatureTerm) and (alike or not term.needs_teacher):
             with said_of(where):
                 pairs, facts = pair_up(term, network, module, network, where, images=PLENTY, related=True)
@@ -56,8 +57,9 @@ def refuse_misfits(
             refuse_number_of_weights(term, pairs, where)
         else:
             layers = getattr(term, "layers", ())
+            known = term.candidates(module) if isinstance(term, Weights) else names
             for pattern in layers if layers != "auto" else ():
-                matching(pattern, names, field="layers", place=where)
+                matching(pattern, known, field="layers", place=where)
 
 
 def refuse_rounding(place: str) -> NoReturn:
@@ -70,10 +72,11 @@ def rounds(module: nn.Module) -> bool:
     return any(isinstance(child, ActivationQuantizer) for child in module.modules())
 
 
-def refuse_single_derivatives(module: nn.Module, size: int, place: str) -> None:
+def refuse_single_derivatives(module: nn.Module, preprocess: Preprocess, place: str) -> None:
     """Raises ModelError where the gradient of a float network's input cannot be differentiated itself."""
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-    images = torch.rand(2, 3, size, size, device=device, requires_grad=True)
+    shape = (2, preprocess.channels, preprocess.size, preprocess.size)
+    images = torch.rand(shape, device=device, requires_grad=True)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     was_training = module.training
     try:

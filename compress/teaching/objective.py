@@ -15,16 +15,15 @@ from compress.data.unlabeled import Unlabeled, WithUnlabeled, numbered, with_unl
 from compress.epochs import under
 from compress.errors import ModelError
 from compress.losses import LossSettings
-from compress.losses.kd import SoftTargets
-from compress.losses.lesson import NO_LABEL, Facts, FeatureTerm, Lesson
+from compress.losses.lesson import Facts, FeatureTerm, Lesson
 from compress.observation import Answers, observe, unwrapped
-from compress.product import Batch, Product, Run
+from compress.product import Batch, Preprocess, Product, Run, labelled
 from compress.settings import Settings
 from compress.teachers import TeacherSettings, changes, has_features
 from compress.teachers.parent import Parent
 from compress.teachers.teacher import Teacher
 from compress.teaching.cache import Ask, asked_once
-from compress.teaching.default import default_losses
+from compress.teaching.default import default_losses, soft_loss
 from compress.teaching.fitting import (
     names_of_values,
     refuse_misfits,
@@ -35,22 +34,22 @@ from compress.teaching.fitting import (
 )
 from compress.teaching.networks import Counterpart
 from compress.teaching.pairs import Pair, pair_up
-from compress.training import Fit, Loss, cross_entropy, fit, labels_loss
+from compress.training import Fit, Loss, fit, labels_loss, outputs_loss
 
 Part = Annotated[float, Field(ge=0, le=1)]
 
 
 class Distillation(Settings):
-    """Who teaches, and how: the sum of the weighted losses, and the labels' cross entropy times `labels`."""
+    """Who teaches, and how: the sum of the weighted losses, and the labels' own loss times `labels`."""
 
     teacher: TeacherSettings = Field(default=Parent(use="parent"), validate_default=True)
     """`parent` is the network before compression; a text is the folder of a saved network
     (`runs/other/stages/01-train/network`); other kinds are mappings."""
     losses: tuple[LossSettings, ...] | None = Field(default=None, min_length=1)
-    """null: `kd` at temperature 4, and for a float student that was pruned from its teacher `fitnets` on the channels
-    it kept, at the ends of stages."""
+    """null: `kd` at temperature 4 (in a multi-label task `binary_kd`, in a regression `mse`), and for a float student
+    that was pruned from its teacher `fitnets` on the channels it kept, at the ends of stages."""
     labels: float = Field(default=0.1, ge=0)
-    """Weight of the cross entropy with the labels."""
+    """Weight of the labels' own loss: of the cross entropy, where images have one class."""
     labels_active: tuple[Part, Part] = (0.0, 1.0)
     """The part of the training in which the labels count: `[0.3, 1]` leaves them out of the first 30 percent."""
     views: int | None = Field(default=None, ge=1)
@@ -74,9 +73,11 @@ class Distillation(Settings):
                     raise ValueError(f"`{term.use}` needs one of several teachers: set `features_from: 0` in `teacher`")
         return self
 
-    def refuse_misfits(self, module: nn.Module, size: int, place: str, *, quantized: bool = False) -> None:
+    def refuse_misfits(
+        self, module: nn.Module, preprocess: Preprocess, place: str, *, quantized: bool = False
+    ) -> None:
         """Raises ModelError for a loss that does not fit `module`, the network before anything was trained."""
-        refuse_misfits(self.losses or (), self.teacher, module, size, place, quantized=quantized)
+        refuse_misfits(self.losses or (), self.teacher, module, preprocess, place, quantized=quantized)
 
 
 class Taught(Fit, Distillation):
@@ -122,20 +123,22 @@ class Objective:
         product: Product,
         run: Run,
         student: nn.Module,
-        label_smoothing: float,
+        training: Fit | None,
         augment: bool,
         cache: Path | None,
     ) -> None:
-        self.settings, self.teacher, self.run, self.label_smoothing = distillation, teacher, run, label_smoothing
+        self.settings, self.teacher, self.run = distillation, teacher, run
+        self.labels_loss = outputs_loss(run.data, training)
         self._counterpart = Counterpart(teacher, product.float_network or product.network, run)
         terms: Sequence[Any] = distillation.losses or ()
         if distillation.losses is None:
             # Fake quantization was not part of the comparison that chose the hints.
             soft_alone = isinstance(student, fx.GraphModule)
-            terms = (SoftTargets(use="kd"),) if soft_alone else default_losses(product.network, teacher)
+            soft = soft_loss(run.data.task)
+            terms = (soft,) if soft_alone else default_losses(product.network, teacher, soft)
             for hints in (term for term in terms if isinstance(term, FeatureTerm)):
                 layers = ", ".join(hints.layers)
-                run.progress.note(f"No losses are named: `kd`, and hints on the kept channels of {layers}.")
+                run.progress.note(f"No losses are named: `{soft.use}`, and hints on the kept channels of {layers}.")
         self._judges = [
             _judge(number, term, teacher, product, run, student, self._counterpart) for number, term in enumerate(terms)
         ]
@@ -207,7 +210,7 @@ class Objective:
         total = said.logits_NK.new_zeros(())
         begin, end = self.settings.labels_active
         if self.settings.labels and begin <= batch.progress < end:
-            total = total + self.settings.labels * cross_entropy(said.logits_NK, batch.labels_N, self.label_smoothing)
+            total = total + self.settings.labels * self.labels_loss(said.logits_NK, batch.labels_N)
         active = [judge for judge in self._judges if judge.active(batch.progress)]
         active = [judge for judge in active if not (again and judge.term.needs_networks)]
         if not active:
@@ -303,21 +306,21 @@ def objective(
     run: Run,
     *,
     student: nn.Module,
-    label_smoothing: float = 0.0,
+    training: Fit | None = None,
     augment: bool | None = None,
     teacher: Teacher | None = None,
 ) -> Objective:
     """The loss of a training with a teacher, opened here unless one is given; its parameters never move.
 
-    `student` is the network that will be trained: the product's, or the same with fake quantization. Raises ModelError
-    where losses and networks do not fit.
+    `student` is the network that will be trained: the product's, or the same with fake quantization. `training` says
+    how the labels count. Raises ModelError where losses and networks do not fit.
     """
     # A folder holds one teacher's answers: not those of the assistants and generations that a scheme gives.
     cache = Path(distillation.cache).expanduser() if distillation.cache and teacher is None else None
     teacher = teacher or distillation.teacher.open(product, run)
     if augment is None:
         augment = distillation.augment if isinstance(distillation, Fit) else True
-    return Objective(distillation, teacher, product, run, student, label_smoothing, augment, cache)
+    return Objective(distillation, teacher, product, run, student, training, augment, cache)
 
 
 def teach(
@@ -337,7 +340,7 @@ def teach(
     """
     by = settings if isinstance(settings, Distillation) else by
     if by is None:
-        loss = labels_loss(settings.label_smoothing)
+        loss = labels_loss(outputs_loss(run.data, settings))
         trained, history = fit(module, loss=loss, run=run, settings=settings, label=label, after=after)
         return trained, {"history": history}
     run = with_more_images(by, run)
@@ -346,7 +349,7 @@ def teach(
         product,
         run,
         student=module,
-        label_smoothing=settings.label_smoothing,
+        training=settings,
         augment=settings.augment,
         teacher=teacher,
     )
@@ -417,7 +420,7 @@ def _layer_weights(term: Any, product: Product, pairs: Sequence[Pair], place: st
 
 def _labelled(lesson: Lesson) -> Lesson | None:
     """The images that have a label; None where there are none."""
-    rows = lesson.labels_N != NO_LABEL
+    rows = labelled(lesson.labels_N)
     if bool(rows.all()):
         return lesson
     if not bool(rows.any()):

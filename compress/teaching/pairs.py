@@ -14,7 +14,7 @@ from compress.errors import ModelError
 from compress.losses.lesson import Facts, FeatureTerm
 from compress.models.patterns import matching
 from compress.observation import answers_to_blank, before_activations, observable, stage_ends
-from compress.product import Network
+from compress.product import Network, Preprocess
 from compress.teaching.alignment import channels, kept
 
 
@@ -42,7 +42,13 @@ class Pair:
 
 
 def chosen_layers(
-    term: FeatureTerm, reference: nn.Module, size: int, place: str, *, student: Sequence[str], teacher: Sequence[str]
+    term: FeatureTerm,
+    reference: nn.Module,
+    preprocess: Preprocess,
+    place: str,
+    *,
+    student: Sequence[str],
+    teacher: Sequence[str],
 ) -> list[tuple[str, str]]:
     """(student's, teacher's) names of the layers that a loss compares; `reference` is the student in float.
 
@@ -50,7 +56,8 @@ def chosen_layers(
     for a layer that the teacher does not have or that quantization fused with others.
     """
     if term.layers == "auto":
-        ends = (before_activations if term.where == "activations" else stage_ends)(reference, size)
+        find = before_activations if term.where == "activations" else stage_ends
+        ends = find(reference, preprocess.size, preprocess.channels)
         ends = ends[-1:] if term.where == "last" else ends
         pairs = [(name, name) for name in ends if name in student and name in teacher]
         if not pairs:
@@ -100,12 +107,12 @@ def pair_up(
     `student` is the student in float, `trained` what is trained: the same, or with fake quantization. `related` says
     that both come from one network, so that a channel is the same in both; `adaptor: auto` trusts indices only then.
     """
-    size = student.structure.preprocess.size
+    preprocess = student.structure.preprocess
     names = chosen_layers(
-        term, student.module, size, place, student=observable(trained), teacher=observable(teacher.module)
+        term, student.module, preprocess, place, student=observable(trained), teacher=observable(teacher.module)
     )
-    mine = _shapes(student.module, [name for name, _ in names], size)
-    theirs = _shapes(teacher.module, [name for _, name in names], size)
+    mine = _shapes(student.module, [name for name, _ in names], preprocess)
+    theirs = _shapes(teacher.module, [name for _, name in names], preprocess)
     indices = _indices(term, student, teacher, names, theirs, related=related)
     pairs, student_shapes, teacher_shapes = [], [], []
     for here, there in names:
@@ -170,9 +177,9 @@ def _architecture(network: Network) -> dict[str, Any]:
     return {key: value for key, value in network.structure.model.items() if key != "weights"}
 
 
-def _shapes(module: nn.Module, layers: Sequence[str], size: int) -> dict[str, tuple[int, ...]]:
+def _shapes(module: nn.Module, layers: Sequence[str], preprocess: Preprocess) -> dict[str, tuple[int, ...]]:
     """What layers return, without the batch."""
-    maps = answers_to_blank(module, size, layers).maps
+    maps = answers_to_blank(module, preprocess.size, layers, preprocess.channels).maps
     return {name: tuple(maps[name].shape[1:]) for name in layers}
 
 

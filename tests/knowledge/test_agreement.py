@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from compress.data.pixels import to_pixels
 from compress.knowledge.agreement import agreement, agreement_on_mistakes, mean_js, mean_kl, right
 from compress.knowledge.calibration import (
     brier_score,
@@ -15,7 +16,7 @@ from compress.knowledge.calibration import (
     reliability,
 )
 from compress.knowledge.invariance import diagonal_shifts, flipped, shifted
-from compress.knowledge.pixels import normalized, to_input, to_pixels, to_unit
+from compress.knowledge.pixels import normalized, to_input, to_unit
 from compress.product import Preprocess
 
 ODD = Preprocess(size=8, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from compress.errors import ModelError
 from compress.losses.attention import attention_transfer
 from compress.losses.kd import soft_targets
-from compress.product import NO_LABEL, Batch, Network, Product, Run
+from compress.product import NO_LABEL, Batch, Network, Preprocess, Product, Run
 from compress.pruning import MacGoal, Pruning, prune_network
 from compress.quantization import Quantization, prepare
 from compress.stages.distill import Distill
@@ -244,13 +244,13 @@ def test_misfits_are_found_before_training(pruned, run):
         ({"use": "attention", "layers": ("head",)}, "attention"),
     ):
         with pytest.raises(ModelError) as caught:
-            distillation(losses=(loss,)).refuse_misfits(module, size, "stage distill")
+            distillation(losses=(loss,)).refuse_misfits(module, Preprocess(size=size), "stage distill")
         assert str(caught.value).startswith(f"stage distill: losses.0 ({loss['use']}): ")
         assert said in str(caught.value)
     twice = distillation(losses=({"use": "attention_gradient"},))
-    twice.refuse_misfits(module, size, "stage distill")
+    twice.refuse_misfits(module, Preprocess(size=size), "stage distill")
     with pytest.raises(ModelError, match="rounding has no second derivative"):
-        twice.refuse_misfits(module, size, "stage quantize", quantized=True)
+        twice.refuse_misfits(module, Preprocess(size=size), "stage quantize", quantized=True)
 
 
 def test_kept_answers_are_not_promised_where_the_teacher_is_asked_anyway(pruned, run):
