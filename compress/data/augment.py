@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field, model_validator
 
-from compress.data.pixels import pixels
+from compress.data.pixels import RESAMPLING, array_of, square
 from compress.product import Preprocess
 from compress.settings import Settings
 
@@ -17,8 +17,14 @@ MAX_CROP_RATIO = 4 / 3
 """Width / height of the widest random crop and, inverted, of the narrowest, as in Szegedy et al., 2015."""
 
 
-def random_crop(image: Image.Image, size: int, scale: tuple[float, float], rng: np.random.Generator) -> Image.Image:
-    """A random part of `image`, `scale` of its area, resized to a square (bilinear, antialiased).
+def random_crop(
+    image: Image.Image,
+    size: int,
+    scale: tuple[float, float],
+    rng: np.random.Generator,
+    resampling: Image.Resampling = Image.Resampling.BILINEAR,
+) -> Image.Image:
+    """A random part of `image`, `scale` of its area, resized to a square (antialiased).
 
     Sides that would leave the image are cut to it, so that no draw is repeated.
     """
@@ -29,7 +35,7 @@ def random_crop(image: Image.Image, size: int, scale: tuple[float, float], rng: 
     left = rng.uniform(0, image.width - width)
     top = rng.uniform(0, image.height - height)
     box = (left, top, min(left + width, image.width), min(top + height, image.height))
-    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    return image.resize((size, size), resampling, box=box)
 
 
 def jitter(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
@@ -59,7 +65,7 @@ class Augment(Protocol):
     """Settings of a random change, called once for every training image."""
 
     def __call__(self, image: Image.Image, preprocess: Preprocess, rng: np.random.Generator) -> np.ndarray:
-        """uint8 (size, size, 3) of an RGB image; `rng` belongs to this image in this epoch alone."""
+        """uint8 (size, size, channels) of an RGB image; `rng` belongs to this image in this epoch alone."""
         ...
 
     @property
@@ -88,12 +94,12 @@ class AugmentPhoto(Settings):
         return self
 
     def __call__(self, image: Image.Image, preprocess: Preprocess, rng: np.random.Generator) -> np.ndarray:
-        changed = random_crop(image, preprocess.size, self.crop_scale, rng)
+        changed = random_crop(image, preprocess.size, self.crop_scale, rng, RESAMPLING[preprocess.interpolation])
         if self.flip and rng.random() < 0.5:
             changed = changed.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.color:
             changed = jitter(changed, self.color, rng)
-        return np.array(changed)
+        return array_of(changed, preprocess)
 
     @property
     def smallest_part(self) -> float:
@@ -109,8 +115,8 @@ class AugmentDigit(Settings):
     """Largest move, as a fraction of the side."""
 
     def __call__(self, image: Image.Image, preprocess: Preprocess, rng: np.random.Generator) -> np.ndarray:
-        square = Image.fromarray(pixels(image, preprocess))
-        return np.array(turn_and_shift(square, self.rotate_degrees, self.shift, rng))
+        changed = turn_and_shift(square(image, preprocess), self.rotate_degrees, self.shift, rng)
+        return array_of(changed, preprocess)
 
     @property
     def smallest_part(self) -> float:

@@ -8,30 +8,37 @@ of that, and 3.14 no longer does it).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from PIL import Image
 
+from compress import processes
 from compress.data.augment import Augment
+from compress.data.balance import Balance, drawn_equally, label_weights
 from compress.data.pixels import pixels
+from compress.data.split import alike
 from compress.errors import DataError
-from compress.product import Batch, Preprocess, Split
+from compress.product import Batch, Preprocess, Scale, Split, Task
+from compress.tasks.regression import scale_of, standardized
 
 
 @dataclass(frozen=True)
 class Images:
     """One split."""
 
-    classes: np.ndarray
-    """int64 (N,): the class of each image."""
+    targets: np.ndarray
+    """What is to be learned of each image: int64 (N,) classes, or float32 (N, K) for the other tasks."""
     read: Callable[[int, int | None], Image.Image]
     """The RGB image of an index; given a number of pixels, it may come smaller, but no side shorter than that."""
     first: int = 0
     """What batches call the image of index 0, where other images have the numbers before."""
+    names: Sequence[str] = ()
+    """Of the file, or where in its source an image is; empty where the source names none."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +56,27 @@ class ImageData:
     channels_last: bool = True
     held: frozenset[str] = frozenset()
     """SHA-256 of the files of the evaluation; empty where the images are no files."""
+    task: Task = "classification"
+    standardize: bool = True
+    """Whether a regression's batches have its numbers standardised; else they are as `targets` has them."""
+    balance: Balance = "none"
+
+    @cached_property
+    def scale(self) -> Scale | None:
+        """See `compress.product.Data`."""
+        return scale_of(self.train.targets) if self.task == "regression" and self.standardize else None
+
+    @cached_property
+    def label_weights(self) -> tuple[float, ...] | None:
+        """See `compress.product.Data`."""
+        return label_weights(self.train.targets, len(self.labels), self.task) if self.balance == "loss" else None
 
     def in_nchw(self) -> ImageData:
         """See `compress.product.Data`."""
         return replace(self, channels_last=False)
 
     def count(self, split: Split) -> int:
-        return len(self._images(split).classes)
+        return len(self._images(split).targets)
 
     def batches(
         self,
@@ -74,27 +95,43 @@ class ImageData:
         """See `compress.product.Data`."""
         images = self._images(split)
         drawn = epoch if view is None else view
-        chosen_N = spread(images.classes, limit, seed)
+        groups_N = alike(images.targets, self.task)
+        if self.balance == "sampler" and split == "train" and shuffle and limit is None:
+            chosen_N = drawn_equally(groups_N, seed=seed, epoch=epoch)
+            if view is not None:  # the pixels of an image in a view are promised to be the same
+                chosen_N %= len(groups_N)
+        else:
+            chosen_N = spread(groups_N, limit, seed)
         groups = shares(chosen_N, batch_size, shuffle=shuffle, seed=seed, epoch=epoch, rank=rank, world_size=world_size)
         return self.loaded(split, groups, augment=augment, seed=seed, view=drawn)
 
     def loaded(
         self, split: Split, groups: Iterable[np.ndarray], *, augment: bool, seed: int, view: int
     ) -> Generator[Batch, None, None]:
-        """One batch for each group of indices, prepared ahead by the threads."""
-        images = self._images(split)
+        """One batch for each group of indices, prepared ahead by the threads.
 
-        def load(indices: np.ndarray) -> Batch:
-            pixels_NHWC = np.empty((len(indices), self.preprocess.size, self.preprocess.size, 3), np.uint8)
-            for row, index in zip(pixels_NHWC, indices.tolist(), strict=True):
-                row[:] = self._augmented(images, index, seed, view) if augment else self._exact(images, index)
+        An index beyond the images, by a multiple of their number, is one of them with another augmentation.
+        """
+        images, scale = self._images(split), self.scale
+        # From pinned memory a batch goes to the GPU while the GPU computes; the threads pin, not the training.
+        pinned = processes.own_device().type == "cuda"
+
+        def load(numbers: np.ndarray) -> Batch:
+            again, indices = np.divmod(numbers, len(images.targets))
+            side, channels = self.preprocess.size, self.preprocess.channels
+            pixels_NHWC = np.empty((len(indices), side, side, channels), np.uint8)
+            for row, index, drawn in zip(pixels_NHWC, indices.tolist(), again.tolist(), strict=True):
+                row[:] = self._augmented(images, index, seed, view, drawn) if augment else self._exact(images, index)
             images_NHWC = torch.from_numpy(self.preprocess.normalize(pixels_NHWC))
+            if pinned:
+                images_NHWC = images_NHWC.pin_memory()
             # Seen as NCHW, memory in the order NHWC is what torch calls channels_last.
             images_NCHW = images_NHWC.permute(0, 3, 1, 2)
             if not self.channels_last:
                 images_NCHW = images_NCHW.contiguous()
-            labels_N, numbers_N = torch.from_numpy(images.classes[indices]), torch.from_numpy(images.first + indices)
-            return Batch(images_NCHW, labels_N, numbers_N, view)
+            targets = images.targets[indices]
+            labels_N = torch.from_numpy(targets if scale is None else standardized(targets, scale))
+            return Batch(images_NCHW, labels_N, torch.from_numpy(images.first + indices), view)
 
         return ahead(load, groups, self.workers)
 
@@ -104,9 +141,9 @@ class ImageData:
     def _exact(self, images: Images, index: int) -> np.ndarray:
         return pixels(images.read(index, None), self.preprocess)
 
-    def _augmented(self, images: Images, index: int, seed: int, view: int) -> np.ndarray:
+    def _augmented(self, images: Images, index: int, seed: int, view: int, again: int) -> np.ndarray:
         # numpy pads seeds with zeros: (seed, epoch) of the shuffle is (seed, epoch, 0), hence the + 1.
-        rng = np.random.default_rng((seed, view, images.first + index + 1))
+        rng = np.random.default_rng((seed, view, images.first + index + 1, again))
         enough = int(self.preprocess.size / self.augment.smallest_part) + 1
         return self.augment(images.read(index, enough), self.preprocess, rng)
 

@@ -17,10 +17,11 @@ from PIL import Image
 from pydantic import Field
 
 from compress.data.augment import Augment, AugmentPhoto
-from compress.data.folder import Tree, decode, inspect, open_tree, pictures
+from compress.data.gathered import Gathered, inspected
 from compress.data.loader import ImageData, Images
+from compress.data.trees import open_tree, pictures
 from compress.errors import DataError
-from compress.product import NO_LABEL, Batch, Data, Preprocess, Split
+from compress.product import NO_LABEL, Batch, Data, Preprocess, Scale, Split, Task
 from compress.progress import Progress
 from compress.settings import Settings
 
@@ -55,8 +56,20 @@ class WithUnlabeled:
     ratio: float
 
     @property
+    def task(self) -> Task:
+        return self.labelled.task
+
+    @property
     def labels(self) -> tuple[str, ...]:
         return self.labelled.labels
+
+    @property
+    def scale(self) -> Scale | None:
+        return self.labelled.scale
+
+    @property
+    def label_weights(self) -> tuple[float, ...] | None:
+        return self.labelled.label_weights
 
     @property
     def preprocess(self) -> Preprocess:
@@ -119,7 +132,7 @@ class WithUnlabeled:
 
         def both() -> Iterator[Batch]:
             groups = turns(
-                len(self.unlabelled.train.classes),
+                len(self.unlabelled.train.targets),
                 extra,
                 seed=seed,
                 first=epoch * steps,
@@ -170,7 +183,7 @@ def turns(count: int, size: int, *, seed: int, first: int, rank: int, world_size
 
 def numbered(data: Data) -> int:
     """How many numbers `Batch.indices_N` of the training images can have: all are below this."""
-    extra = len(data.unlabelled.train.classes) if isinstance(data, WithUnlabeled) else 0
+    extra = len(data.unlabelled.train.targets) if isinstance(data, WithUnlabeled) else 0
     return data.count("train") + extra
 
 
@@ -183,51 +196,64 @@ def with_unlabeled(
     out; a note says how many that were. Raises DataError for a missing folder, for one without images, and for a file
     that is no image.
     """
-    tree, root, files, hashes = _hashed(settings, progress, base, decoding=checked is None)
-    fingerprint = _fingerprint(files, hashes)
+    found = _listed(settings, base)
+    hashes = inspected(found, progress, decoding=checked is None)
+    fingerprint = _fingerprint(found.names, hashes)
     if checked is not None and checked != fingerprint:
-        inspect(tree, root, files, progress, decoding=True)
+        inspected(found, progress, decoding=True)
     held = data.held if isinstance(data, ImageData) else frozenset()
-    names = [name for name, value in zip(files, hashes, strict=True) if value not in held]
-    if not names:
-        raise DataError(root, "has only images that are in the evaluation too", "name other images")
-    if len(names) < len(files):
-        leaked = next(name for name, value in zip(files, hashes, strict=True) if value in held)
-        progress.note(
-            f"{len(files) - len(names)} unlabelled images left out that are in the evaluation, such as {leaked}"
-        )
+    chosen = [index for index, value in enumerate(hashes) if value not in held]
+    if not chosen:
+        raise DataError(found.place, "has only images that are in the evaluation too", "name other images")
+    if left := len(hashes) - len(chosen):
+        leaked = next(name for name, value in zip(found.names, hashes, strict=True) if value in held)
+        progress.note(f"{left} unlabelled images left out that are in the evaluation, such as {leaked}")
 
     def read(index: int, enough: int | None) -> Image.Image:
-        return decode(tree.read(names[index]), f"{root}/{names[index]}", enough)
+        return found.image(found.content(chosen[index]), found.where(chosen[index]), enough)
 
+    names = [found.names[index] for index in chosen]
     unlabelled = ImageData(
         labels=data.labels,
         preprocess=data.preprocess,
         fingerprint=fingerprint,
-        train=Images(np.full(len(names), NO_LABEL, np.int64), read, first=data.count("train")),
-        evaluation=Images(np.empty(0, np.int64), read),
+        train=Images(_unknown(data, len(names)), read, first=data.count("train"), names=names),
+        evaluation=Images(_unknown(data, 0), read),
         augment=settings.augment or augment_of(data),
         workers=settings.workers,
         channels_last=data.channels_last,
+        task=data.task,
     )
     return WithUnlabeled(data, unlabelled, settings.ratio)
 
 
+def _unknown(data: Data, count: int) -> np.ndarray:
+    """Targets of `count` images without labels, which join those of `data` in a batch."""
+    if data.task == "classification":
+        return np.full(count, NO_LABEL, np.int64)
+    return np.full((count, len(data.labels)), np.nan, np.float32)
+
+
 def fingerprint_of(settings: Unlabeled, progress: Progress, base: Path) -> str:
     """SHA-256 over names and content of the images, which are not decoded. Raises DataError as `with_unlabeled`."""
-    _, _, files, hashes = _hashed(settings, progress, base, decoding=False)
-    return _fingerprint(files, hashes)
+    found = _listed(settings, base)
+    return _fingerprint(found.names, inspected(found, progress, decoding=False))
 
 
-def _hashed(
-    settings: Unlabeled, progress: Progress, base: Path, *, decoding: bool
-) -> tuple[Tree, Path, list[str], list[str]]:
+def _listed(settings: Unlabeled, base: Path) -> Gathered:
     root = base / Path(settings.path).expanduser()
     tree = open_tree(root)
     files = pictures(tree)
     if not files:
         raise DataError(root, "has no images", "`unlabeled` needs a folder or zip archive with images, at any depth")
-    return tree, root, files, inspect(tree, root, files, progress, decoding=decoding)
+    return Gathered(
+        place=str(root),
+        names=files,
+        targets=np.full(len(files), NO_LABEL, np.int64),
+        labels=(),
+        content=lambda index: tree.read(files[index]),
+        evaluation_N=None,
+    )
 
 
 def _fingerprint(files: Sequence[str], hashes: Sequence[str]) -> str:

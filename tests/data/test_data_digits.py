@@ -1,5 +1,6 @@
 """Digits, and with them every promise of the loader."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from compress import processes
 from compress.data import Digits, open_data
 from compress.data.augment import AugmentDigit, AugmentPhoto, random_crop
 from compress.data.loader import ImageData
@@ -44,8 +46,8 @@ def images(data, split="train", **options):
 def test_split_is_complete_stratified_and_fixed(data):
     assert data.count("train") + data.count("evaluation") == 1797
     assert data.labels == tuple("0123456789")
-    part = np.bincount(data.evaluation.classes) / (
-        np.bincount(data.evaluation.classes) + np.bincount(data.train.classes)
+    part = np.bincount(data.evaluation.targets) / (
+        np.bincount(data.evaluation.targets) + np.bincount(data.train.targets)
     )
     assert np.abs(part - 0.2).max() < 0.005
     assert digits().fingerprint == data.fingerprint
@@ -86,7 +88,7 @@ def test_evaluation_has_every_image_once_in_a_stable_order(data):
     again, _ = images(data, "evaluation", seed=5, epoch=3, batch_size=64)
     assert len(first) == data.count("evaluation")
     assert torch.equal(first, again)
-    assert labels.tolist() == data.evaluation.classes.tolist()
+    assert labels.tolist() == data.evaluation.targets.tolist()
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -196,3 +198,21 @@ def test_holdout_keeps_equal_images_together():
     hashes = ["a", "a", "b", "c", "d", "x", "y"]
     kept = holdout(hashes, np.array([0, 0, 0, 0, 0, 1, 1]), 0.25)
     assert kept.tolist() == [True, True, False, False, False, True, False]
+
+
+def test_batches_for_a_gpu_are_pinned_by_the_threads(data, monkeypatch):
+    """Stands in for a machine with a GPU: what is pinned, in which thread, and that its values stay."""
+    expected = next(iter(data.batches("train", batch_size=5)))
+    pinned = []
+
+    def pin_memory(tensor):
+        pinned.append((threading.current_thread() is threading.main_thread(), tensor.is_contiguous()))
+        return tensor.clone()
+
+    monkeypatch.setattr(processes, "own_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    batch = next(iter(digits(workers=2).batches("train", batch_size=5)))
+    assert pinned
+    assert set(pinned) == {(False, True)}
+    assert torch.equal(batch.images_NCHW, expected.images_NCHW)
+    assert batch.images_NCHW.is_contiguous(memory_format=torch.channels_last)

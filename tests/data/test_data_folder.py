@@ -12,7 +12,7 @@ from pictures import Notes, picture
 from PIL import Image
 
 from compress.data import Folder, open_data
-from compress.data.folder import decode
+from compress.data.decoding import decode
 from compress.data.loader import ImageData
 from compress.errors import DataError
 from compress.product import Preprocess
@@ -58,7 +58,7 @@ def test_folder(root):
     assert progress.bars == ["checking images"]
     assert progress.notes == []
     assert everything(data).shape == (4, 3, 8, 8)
-    assert data.evaluation.classes.tolist() == [0, 0, 1, 1]
+    assert data.evaluation.targets.tolist() == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("prefix", ["", "photos/"])
@@ -112,7 +112,7 @@ def test_holdout(root):
     assert data.count("train") + data.count("evaluation") == 9
     held = {image.numpy().tobytes() for image in everything(data)}
     assert not held & {image.numpy().tobytes() for image in everything(data, "train")}
-    assert set(data.evaluation.classes) == set(data.train.classes) == {0, 1}
+    assert set(data.evaluation.targets) == set(data.train.targets) == {0, 1}
     assert opened(root, holdout=0.25).fingerprint == data.fingerprint
     assert opened(root, holdout=0.5).fingerprint != data.fingerprint
 
@@ -181,7 +181,7 @@ def test_truncated_image(root, kind):
 def test_a_class_whose_images_are_all_held_out(root):
     shutil.rmtree(root / "train/cat")
     shutil.copytree(root / "val/cat", root / "train/cat")
-    with pytest.raises(DataError, match="train/cat: has no image left"):
+    with pytest.raises(DataError, match="photos: class `cat` has no training image left"):
         opened(root)
 
 

@@ -12,11 +12,13 @@ from pydantic import ValidationError
 
 from compress.data import Folder, open_data
 from compress.data.augment import AugmentPhoto
-from compress.data.loader import ImageData, Images
+from compress.data.loader import ImageData, Images, spread
 from compress.data.sample import sample
+from compress.data.split import alike
 from compress.data.unlabeled import Unlabeled, WithUnlabeled, fingerprint_of, numbered, turns, with_unlabeled
 from compress.errors import DataError
 from compress.product import NO_LABEL, Preprocess
+from compress.product import labelled as known
 
 PREPROCESS = Preprocess(size=8)
 
@@ -192,7 +194,7 @@ def test_images_of_the_evaluation_are_left_out(tmp_path):
     picture(0).save(extra / "training.png")
     picture(50).save(extra / "new.png")
     progress = Notes()
-    assert len(opened(data, extra, progress).unlabelled.train.classes) == 2
+    assert len(opened(data, extra, progress).unlabelled.train.targets) == 2
     assert progress.notes == ["1 unlabelled images left out that are in the evaluation, such as again.png"]
 
 
@@ -208,3 +210,34 @@ def test_mistakes_are_refused(labelled, folder, tmp_path):
     for wrong in ({"path": ""}, {"path": "x", "ratio": 0.0}, {"path": "x", "workers": -1}, {"path": "x", "weight": 1}):
         with pytest.raises(ValidationError):
             Unlabeled(**wrong)
+
+
+def test_images_without_labels_beside_several_labels_each(labelled, folder):
+    """Their rows are NaN, which no loss takes for a number; `labelled` tells them apart in every task."""
+    bits = np.stack([np.arange(12) % 2, np.ones(12)], 1).astype(np.float32)
+    several = replace(
+        labelled, labels=("x", "y"), task="multi_label", train=replace(labelled.train, targets=bits),
+        evaluation=replace(labelled.evaluation, targets=bits[:6]),
+    )  # fmt: skip
+    for batch in training(opened(several, folder)):
+        assert (batch.labels_N.dtype, batch.labels_N.shape) == (torch.float32, (8, 2))
+        assert batch.labels_N[4:].isnan().all()
+        assert known(batch.labels_N).tolist() == [True] * 4 + [False] * 4
+        assert torch.equal(batch.labels_N[:4], torch.from_numpy(bits)[batch.indices_N[:4]])
+    for batch in training(opened(labelled, folder)):
+        assert known(batch.labels_N).tolist() == [True] * 4 + [False] * 4
+
+
+def test_a_choice_is_spread_over_labels_and_over_numbers():
+    rare = np.zeros((40, 3), np.float32)
+    rare[:, 0] = 1
+    rare[5, 1] = rare[6, 2] = 1
+    groups = alike(rare, "multi_label")
+    assert (groups[5], groups[6]) == (1, 2)
+    assert set(groups[[n for n in range(40) if n not in (5, 6)]]) == {0}
+    assert alike(np.zeros((3, 2), np.float32), "multi_label").tolist() == [-1, -1, -1]
+    assert {5, 6} <= set(spread(groups, 6, 0).tolist())
+    numbers = np.random.default_rng(0).permutation(100).astype(np.float32)[:, None]
+    assert np.array_equal(alike(numbers, "regression"), numbers[:, 0] // 10)
+    chosen = numbers[spread(alike(numbers, "regression"), 10, 3), 0]
+    assert sorted(chosen // 10) == list(range(10))
