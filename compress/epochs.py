@@ -1,11 +1,11 @@
 """What the trainings of a running stage have reached, on disk: a stage that was killed goes on from its last epoch.
 
-    stages/02-distill.training/begun.json          the stage's key
+    stages/02-distill.training/begun.json          the stage's key, and with how many threads and processes
     stages/02-distill.training/00/epoch.json       of its first training: which file holds the state, and its hash
     stages/02-distill.training/00/3.safetensors    weights, optimizer, averages, random numbers after three epochs
 
-A stage trains in an order that its settings fix, so a training is known by its number. The state of an epoch is written
-whole before `epoch.json` names it.
+A stage trains in an order that its settings fix, so a training is known by its number. The state of an epoch is on the
+disk, whole, before `epoch.json` names it, and the state before it goes only after that.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors.torch import load, save
 from torch import Tensor
 
-from compress.written import read_json, write_json
+from compress.written import read_json, write_bytes, write_json
 
 BEGUN, EPOCH = "begun.json", "epoch.json"
 
@@ -39,12 +40,28 @@ def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def prepare_epochs(folder: Path, key: str) -> None:
-    """Empties `folder`, unless an earlier attempt at a stage of the same key left it."""
-    if read_json(folder / BEGUN).get("key") != key:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        write_json(folder / BEGUN, {"key": key})
+def prepare_epochs(folder: Path, key: str, conditions: Mapping[str, int] = MappingProxyType({})) -> list[str]:
+    """Empties `folder`, unless an earlier attempt at a stage of the same key left it.
+
+    `conditions` are no part of the key. Returns a sentence for each time that one of them changed after the end of an
+    epoch, now or in an earlier attempt: `begun with 2 threads, goes on with 1`.
+    """
+    found = read_json(folder / BEGUN)
+    if found.get("key") == key:
+        if not any(folder.glob(f"*/{EPOCH}")):
+            write_json(folder / BEGUN, {"key": key, **conditions})
+            return []
+        changed = found.get("changed", []) + [
+            f"begun with {found[name]} {name}, goes on with {now}"
+            for name, now in conditions.items()
+            if found.get(name, now) != now
+        ]
+        write_json(folder / BEGUN, {"key": key, **conditions, "changed": changed})
+        return list(dict.fromkeys(changed))
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_json(folder / BEGUN, {"key": key, **conditions})
+    return []
 
 
 def forget_epochs(folder: Path, *, kept: bool = False) -> None:
@@ -107,7 +124,7 @@ class Training:
         name = f"{state.facts['epoch']}.safetensors"
         # Clones: modules may share tensors, the file cannot.
         content = save({key: value.detach().cpu().contiguous().clone() for key, value in state.tensors.items()})
-        (self.folder / name).write_bytes(content)
+        write_bytes(self.folder / name, content)
         facts = {"file": name, "sha256": hashlib.sha256(content).hexdigest(), "facts": dict(state.facts)}
         write_json(self._header, facts)
         if self.current not in ("", name):

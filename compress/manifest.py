@@ -18,7 +18,9 @@ NAME = "manifest.json"
 STAGE_FOLDER = re.compile(r"\d\d-[a-z]+(\.partial|\.training)?")
 TRAINING_PACKAGES = ("torch", "torch-pruning", "numpy", "pillow")
 """Their versions can change a network; those of the runtimes only change files and measurements."""
-FILE_PACKAGES = ("onnx", "onnxscript", "onnx-ir", "flatbuffers", "onnxruntime", "ai-edge-litert")
+FILE_PACKAGES = ("onnx", "onnxscript", "onnx-ir", "flatbuffers", "onnxruntime", "ai-edge-litert", "ncnn")
+SHOWING = ("api.py", "cli", "progress.py", "report", "starting", "sweep", "tracking")
+"""What of our code only asks for work or shows it: it cannot change a stage's result."""
 
 
 def key(*parts: Any) -> str:
@@ -38,8 +40,8 @@ def versions(packages: tuple[str, ...]) -> dict[str, str]:
 def own_code() -> str:
     """SHA-256 over our sources, without those that only show results."""
     root = Path(__file__).parent
-    sources = [path for path in sorted(root.rglob("*.py")) if path.parent.name != "report" and path.name != "cli.py"]
-    return key([[path.relative_to(root).as_posix(), file_sha256(path)] for path in sources])
+    names = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.py"))}
+    return key([[name, file_sha256(path)] for name, path in names.items() if name.split("/")[0] not in SHOWING])
 
 
 def files_below(folder: Path) -> dict[str, dict[str, Any]]:
@@ -53,14 +55,45 @@ def files_below(folder: Path) -> dict[str, dict[str, Any]]:
 
 def valid(folder: Path, wanted: str) -> dict[str, Any] | None:
     """A stage's manifest, if it has the key `wanted`, no failed verdict, and every file it lists is there unaltered."""
+    manifest = _of_key(folder, wanted)
+    return None if not manifest or _damaged(folder, manifest) else manifest
+
+
+def damage(folder: Path, wanted: str) -> str:
+    """What has become of a file of a stage that has the key `wanted`; empty for any other folder."""
+    manifest = _of_key(folder, wanted)
+    return _damaged(folder, manifest) if manifest else ""
+
+
+def _of_key(folder: Path, wanted: str) -> dict[str, Any]:
     manifest = read_json(folder / NAME)
-    if manifest.get("key") != wanted or manifest.get("metrics", {}).get("verdict") == "FAIL":
-        return None
+    failed = manifest.get("metrics", {}).get("verdict") == "FAIL"
+    return {} if manifest.get("key") != wanted or failed else manifest
+
+
+def _damaged(folder: Path, manifest: dict[str, Any]) -> str:
     for name, facts in manifest["files"].items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != facts["size_bytes"] or file_sha256(path) != facts["sha256"]:
-            return None
-    return manifest
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != facts["size_bytes"]:
+            return f"{name} has {path.stat().st_size} bytes of {facts['size_bytes']}"
+        if file_sha256(path) != facts["sha256"]:
+            return f"{name} was altered (its hash is another)"
+    return ""
+
+
+def noisy(manifest: dict[str, Any]) -> bool:
+    """Whether a benchmark's times cannot be told from noise."""
+    return any(pair.get("verdict") == "NOISY" for pair in manifest["metrics"].get("pairs", []))
+
+
+def other_machine(folder: Path, machine: dict[str, Any]) -> str:
+    """What a benchmark's machine differs in from the one that would measure now: `governor was a, is b`."""
+    before = read_json(folder / NAME).get("machine", {})
+    return ", ".join(
+        f"{fact} was {before[fact]}, is {now}" for fact, now in machine.items() if before.get(fact, now) != now
+    )
 
 
 def forget_others(stages: Path, labels: list[str]) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import signal
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TypeVar
@@ -15,16 +17,21 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from compress.errors import CompressError
+from compress.errors import CompressError, LostError
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)
 """How long a process waits for the others: the first one exports and measures alone, which may take hours."""
+BROKEN = re.compile(r"gloo|NCCL|Connection (closed|reset)|Broken pipe|TCPStore")
+"""In what torch raises where a process does not answer any more; for gloo it is a plain RuntimeError."""
 
 
 @contextlib.contextmanager
 def joined() -> Iterator[tuple[int, int]]:
-    """(rank, number of processes); joins torchrun's processes where its environment variables are set."""
+    """(rank, number of processes); joins torchrun's processes where its environment variables are set.
+
+    Raises LostError where one of them is not there any more when another needs it.
+    """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield 0, 1
@@ -35,8 +42,22 @@ def joined() -> Iterator[tuple[int, int]]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield dist.get_rank(), count
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or BROKEN.search(str(error))):
+            raise
+        raise LostError(_first_to_say()) from error
     finally:
         dist.destroy_process_group()
+
+
+def _first_to_say() -> bool:
+    """Whether no other process has said yet that one is lost; torchrun's signal, which follows, finds it said."""
+    with contextlib.suppress(ValueError):  # in another thread than the first, where signals do not arrive
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        return dist.distributed_c10d._get_default_store().add("compress/lost", 1) == 1
+    except RuntimeError:  # the store was with the process that is lost
+        return True
 
 
 def own_device() -> torch.device:

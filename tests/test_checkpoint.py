@@ -1,14 +1,17 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import PREPROCESS
+from safetensors.torch import load_file, save_file
 
 from compress import checkpoint
 from compress.errors import ModelError
 from compress.models import build
 from compress.models.mobilenet_v2 import MobileNetV2Settings
+from compress.models.weights import read_weights
 from compress.product import Network, Product, Structure
 from compress.stages.prune import Prune
 from compress.stages.quantize import Quantize
@@ -62,3 +65,43 @@ def test_a_broken_folder_is_one_error(network, tmp_path: Path, spoil, message):
     with pytest.raises(ModelError, match=message) as caught:
         checkpoint.load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def flipped(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_bit_that_flipped_in_the_weights_is_noticed_wherever_they_were_copied_to(network, tmp_path, share):
+    checkpoint.save(network, tmp_path / "saved")
+    path = tmp_path / "saved/weights.safetensors"
+    begin = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    flipped(path, begin + int(share * (path.stat().st_size - begin - 1)))
+    with pytest.raises(ModelError, match=r"saved/weights.safetensors: was altered after it was saved"):
+        checkpoint.load(tmp_path / "saved")
+    elsewhere = shutil.copy(path, tmp_path / "elsewhere.safetensors")
+    with pytest.raises(ModelError, match=r"elsewhere.safetensors: was altered after it was saved"):
+        read_weights(Path(elsewhere))
+
+
+def test_a_structure_of_another_network_of_that_shape_is_noticed(network, tmp_path):
+    checkpoint.save(network, tmp_path)
+    path = tmp_path / "structure.json"
+    path.write_text(path.read_text().replace('"crop": 1.0', '"crop": 0.9').replace('"crop":1.0', '"crop":0.9'))
+    with pytest.raises(ModelError, match=r"weights.safetensors: was saved with another structure"):
+        checkpoint.load(tmp_path)
+
+
+def test_what_others_saved_carries_no_hash_and_is_read(network, tmp_path):
+    checkpoint.save(network, tmp_path)
+    path = tmp_path / "weights.safetensors"
+    save_file(load_file(path), path)
+    assert same_outputs(checkpoint.load(tmp_path), network)
+
+
+def test_the_same_network_is_the_same_bytes(network, tmp_path):
+    for name in "abcdefgh":
+        checkpoint.save(network, tmp_path / name)
+    assert len({(tmp_path / name / "weights.safetensors").read_bytes() for name in "abcdefgh"}) == 1

@@ -49,6 +49,9 @@ class Lethal:
     def note(self, text: str) -> None:
         self.notes.append(text)
 
+    def event(self, kind: str, **facts: object) -> None:
+        pass
+
 
 def digest(module: nn.Module) -> str:
     state = module.state_dict()

@@ -71,6 +71,12 @@ def manifest(place: Path, label: str, out: str = "run") -> dict:
     return json.loads((place / out / "stages" / label / "manifest.json").read_text())
 
 
+def measured_again(place: Path, out: str = "run") -> list[str]:
+    """The benchmark, where it was NOISY: on a busy machine that is no fault, and the next run measures again."""
+    pairs = manifest(place, ALL[-1], out)["metrics"]["pairs"]
+    return ALL[-1:] if any(pair["verdict"] == "NOISY" for pair in pairs) else []
+
+
 def test_every_stage_leaves_a_manifest_whose_files_are_there(place):
     facts = json.loads((place / "run/run.json").read_text())
     assert facts["stages"] == ALL
@@ -98,11 +104,11 @@ def test_a_network_that_views_is_trained_in_nchw_and_told(place):
 
 
 def test_the_second_run_resumes_everything_and_changes_no_result(place):
-    before = {label: manifest(place, label)["files"] for label in ALL}
+    before, noisy = {label: manifest(place, label)["files"] for label in ALL}, measured_again(place)
     outcome = go(place)
-    assert outcome.ran == []
-    assert outcome.resumed == ALL
-    assert {label: manifest(place, label)["files"] for label in ALL} == before
+    assert outcome.ran == noisy
+    assert outcome.resumed == [label for label in ALL if label not in noisy]
+    assert all(manifest(place, label)["files"] == before[label] for label in outcome.resumed)
 
 
 def test_the_written_recipe_is_the_same_recipe(place):
@@ -127,8 +133,9 @@ def test_an_altered_file_is_noticed_and_its_stage_runs_again(place):
     path = place / "run/stages/05-export/int8.onnx"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    noisy = measured_again(place)
     outcome = go(place)
-    assert outcome.ran == ["05-export"]
+    assert outcome.ran == ["05-export", *noisy]
     assert path.read_bytes() == whole
 
 

@@ -22,6 +22,7 @@ from compress.targets.agent import SUFFIXES, UNAVAILABLE, sha256
 from compress.targets.asking import RUNTIMES, Answers
 from compress.targets.journal import MACHINE
 from compress.targets.outputs import compared
+from compress.written import write_json
 
 ACCURACY_IMAGES = 64
 """On a board: a class more or less is seen in accuracy only on many, a wrong kernel on few."""
@@ -103,7 +104,9 @@ class Benchmark(Settings):
         chosen = self._readable(files) if count else {}
         if not chosen:
             return []
-        images_NCHW, labels_N = sample_images(run.data, count, run.seed)
+        images_NCHW, labels = sample_images(run.data, count, run.seed)
+        # A board counts right classes; in other tasks outputs are compared and nothing is counted.
+        labels_N = labels if run.data.task == "classification" else None
         found = []
         with run.progress.steps("accuracy", len(chosen)) as advance, open_target("local", run.progress) as host:
             for name, path in chosen.items():
@@ -198,7 +201,7 @@ def difference(sample: Mapping[str, Any]) -> str:
 
 
 def sample_images(data: Data, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Evaluation images (N, C, H, W), float32 as the network reads them, and their labels (N,), spread over classes."""
+    """Evaluation images (N, C, H, W), float32 as the network reads them, and their labels, spread over classes."""
     batches = list(data.batches("evaluation", batch_size=64, limit=count, seed=seed))
     images_NCHW = np.concatenate([batch.images_NCHW.numpy() for batch in batches])
     return np.ascontiguousarray(images_NCHW), np.concatenate([batch.labels_N.numpy() for batch in batches])
@@ -238,9 +241,7 @@ class Kept:
             return self.parts[name]["found"]
         self.parts[name] = {"measured": datetime.now(UTC).isoformat(timespec="seconds"), "found": measure()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps({"asked": self.asked, "parts": self.parts}), encoding="utf-8")
-        partial.replace(self.path)
+        write_json(self.path, {"asked": self.asked, "parts": self.parts})
         return self.parts[name]["found"]
 
     def forget(self) -> None:

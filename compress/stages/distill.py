@@ -33,7 +33,7 @@ class Distill(Taught):
     def check(self, module: nn.Module, preprocess: Preprocess) -> None:
         """Raises ModelError for a pattern that matches no parameter, or no layer, and for what the scheme refuses."""
         refuse_unmatched(module, self.only, "distill")
-        self.refuse_misfits(module, preprocess.size, "stage distill")
+        self.refuse_misfits(module, preprocess, "stage distill")
         if self.scheme is not None:
             self.scheme.check(module, preprocess)
 

@@ -58,7 +58,7 @@ class Export(Settings):
         """Raises ModelError naming the operator that a format does not have; costs seconds, not training."""
         if "ncnn" in self.formats:
             require_ncnn()
-        model = _float(module, preprocess.size, {})
+        model = _float(module, preprocess, {})
         if "ncnn" in self.formats:
             to_ncnn(model, {})
         if "tflite" in self.formats:
@@ -82,6 +82,8 @@ class Export(Settings):
                     preprocess=run.data.preprocess,
                     labels=run.data.labels,
                     recipe_hash=run.recipe_hash,
+                    task=run.data.task,
+                    scale=run.data.scale,
                 )
                 if kind == "int8":
                     model = to_onnx(network, {})
@@ -150,17 +152,17 @@ def reference(network: Network, kind: str) -> nn.Module | None:
 
 def to_onnx(network: Network, about: dict[str, str]) -> onnx.ModelProto:
     """The network as ONNX: QDQ int8 where it is fake-quantized, float32 with BatchNorm folded where it is not."""
-    size = network.structure.preprocess.size
+    preprocess = network.structure.preprocess
     if network.structure.quantize is not None:
         assert isinstance(network.module, fx.GraphModule)
-        return int8_onnx(freeze(network.module), size, about)
-    return _float(network.module, size, about)
+        return int8_onnx(freeze(network.module), preprocess.size, about, preprocess.channels)
+    return _float(network.module, preprocess, about)
 
 
-def _float(module: nn.Module, size: int, about: dict[str, str]) -> onnx.ModelProto:
+def _float(module: nn.Module, preprocess: Preprocess, about: dict[str, str]) -> onnx.ModelProto:
     with suppress(ModelError):  # control flow that fx cannot follow; torch.onnx often can, and folds what it finds
         module = fold_batchnorm(module)
-    return float_onnx(module, size, about)
+    return float_onnx(module, preprocess.size, about, preprocess.channels)
 
 
 def _unchanged(model: onnx.ModelProto) -> onnx.ModelProto:

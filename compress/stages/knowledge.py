@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from compress.data.pixels import to_pixels
 from compress.errors import ModelError
 from compress.knowledge.adversarial import fgsm, fools_too, pgd
 from compress.knowledge.agreement import agreement, agreement_on_mistakes, mean_js, mean_kl, right
@@ -25,7 +26,7 @@ from compress.knowledge.calibration import (
 )
 from compress.knowledge.corruptions import CORRUPTIONS, Corruption, corrupt
 from compress.knowledge.invariance import diagonal_shifts, flipped, shifted
-from compress.knowledge.pixels import normalized, to_input, to_pixels, to_unit
+from compress.knowledge.pixels import normalized, to_input, to_unit
 from compress.product import Batch, Network, Product, Run
 from compress.quantization import fold_batchnorm
 from compress.settings import Settings

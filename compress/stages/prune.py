@@ -42,12 +42,14 @@ class Prune(Pruning, Aim):  # pydantic lists the fields of later bases first, an
 
     def check(self, module: nn.Module, preprocess: Preprocess) -> None:
         """Raises ModelError for a network that cannot be followed, an unmatched pattern, a goal out of reach."""
-        refuse_unreachable(module, self.goal, self, size=preprocess.size, place=PLACE)
+        refuse_unreachable(
+            module, self.goal, self, size=preprocess.size, channels=preprocess.channels, place=PLACE
+        )
         if self.distill is not None:
-            self.distill.refuse_misfits(module, preprocess.size, PLACE)
+            self.distill.refuse_misfits(module, preprocess, PLACE)
 
     def apply(self, product: Product, run: Run) -> Product:
-        size = run.data.preprocess.size
+        size, channels = run.data.preprocess.size, run.data.preprocess.channels
         history: list[dict[str, Any]] = []
         losses: dict[str, dict[str, float]] = {}
 
@@ -63,7 +65,7 @@ class Prune(Pruning, Aim):  # pydantic lists the fields of later bases first, an
         network = prune_network(
             product.network, self.goal, self, run=run, after=finetune if self.finetune else None, place=PLACE
         )
-        before, after = macs(product.network.module, size), macs(network.module, size)
+        before, after = macs(product.network.module, size, channels), macs(network.module, size, channels)
         metrics: dict[str, Any] = {
             "goal_macs": self.goal.macs,
             "macs_before": before,

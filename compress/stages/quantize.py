@@ -89,7 +89,7 @@ class Quantize(Fit, Quantization):
         """Raises ModelError naming the first layer that has no int8 counterpart; costs no training."""
         prepare(module, self.quantization(), preprocess)
         if self.distill is not None:
-            self.distill.refuse_misfits(module, preprocess.size, "stage quantize", quantized=True)
+            self.distill.refuse_misfits(module, preprocess, "stage quantize", quantized=True)
 
     def apply(self, product: Product, run: Run) -> Product:
         batches = list(sample(run, self.calibration_images, batch_size=BATCH))

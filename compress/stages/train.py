@@ -22,7 +22,7 @@ class Train(Fit):
         """Raises ModelError for a pattern that matches no parameter, or no layer."""
         refuse_unmatched(module, self.only, "train")
         if self.distill is not None:
-            self.distill.refuse_misfits(module, preprocess.size, "stage train")
+            self.distill.refuse_misfits(module, preprocess, "stage train")
 
     def apply(self, product: Product, run: Run) -> Product:
         module, metrics = teach(product.network.module, self, product, run, label="train", by=self.distill)

@@ -186,7 +186,12 @@ def open_model(path: str | Path, runtime: str = "auto", threads: int = 1) -> Mod
     if threads < 1:
         raise AgentError(f"threads: {threads} is less than 1")
     openers = {"onnxruntime": _open_onnxruntime, "litert": _open_litert, "ncnn": _open_ncnn}
-    model = openers[runtime](path, threads)
+    try:
+        model = openers[runtime](path, threads)
+    except AgentError:
+        raise
+    except Exception as error:  # a file that the runtime opens and cannot describe: names, tensors that are not there
+        raise AgentError(f"{path}: {runtime} cannot read it: {_first_line(error)}") from error
     if -1 in model.input.shape:
         raise AgentError(f"{path}: its input has an open size {model.input.shape}; export it with a fixed one")
     if model.input.dtype.kind not in "fiu":
@@ -204,7 +209,8 @@ def _open_onnxruntime(path: Path, threads: int) -> Model:
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors only: warnings would drown the agent's own lines
+    options.log_severity_level = 4  # its errors come as exceptions: the agent has its own line for each
+    ort.set_default_logger_severity(4)  # of what has no session yet
     entries = {"session.intra_op.allow_spinning": "1"}
     notes = []
     if saturates():

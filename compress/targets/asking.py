@@ -260,5 +260,5 @@ def _written(content: bytes, suffix: str) -> Iterator[Path]:
 
 def _saved(array: np.ndarray) -> contextlib.AbstractContextManager[Path]:
     content = io.BytesIO()
-    np.save(content, array)
+    np.save(content, array, allow_pickle=False)
     return _written(content.getvalue(), ".npy")

@@ -7,7 +7,6 @@ journal of other files, options or another machine is begun anew.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -15,6 +14,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from compress import locks
 
 MACHINE = (
     "board",
@@ -81,22 +82,16 @@ class Journal:
 @contextlib.contextmanager
 def own_journal(path: Path) -> Iterator[str]:
     """Keeps other processes from the journal at `path`, whose folder is made; yields why it cannot be had, or ""."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.with_suffix(".lock").open("w")
-    except OSError as error:
-        yield f"{error.filename or path.parent}: {error.strerror}"
-        return
-    with file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield "another process measures the same"
-            return
-        try:
-            yield ""
-        finally:
-            Path(file.name).unlink(missing_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locks.held(path.with_suffix(".lock")))
+            taken = ""
+        except locks.HeldError as error:
+            taken = f"{error.holder or 'another process'} measures the same"
+        except OSError as error:
+            taken = f"{error.filename or path.parent}: {error.strerror}"
+        yield taken
 
 
 def _parsed(text: str) -> dict[str, Any] | None:

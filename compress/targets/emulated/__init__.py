@@ -177,7 +177,7 @@ def _counts(
         image, stop = None, threading.Event()
         if images_real is not None:
             image = Path(folder) / "image.npy"
-            np.save(image, images_real[:1])
+            np.save(image, images_real[:1], allow_pickle=False)
         for name, path in files.items():
             for cpu in cpus:
                 own = (userland, plugin, path, cpu)

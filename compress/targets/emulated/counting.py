@@ -24,10 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compress import locks
 from compress.errors import TargetError
 from compress.progress import Progress
 from compress.targets import agent
-from compress.targets.emulated.debian import PLACE, SOURCES, cache_folder, locked
+from compress.targets.emulated.debian import PLACE, SOURCES, cache_folder
 from compress.targets.emulated.qemu import Qemu
 from compress.targets.emulated.userland import Userland
 from compress.targets.machine import last_words
@@ -186,7 +187,7 @@ def plugin(qemu: Qemu, progress: Progress) -> Path:
         )
     key = agent.sha256(PROGRAM)[:12]
     path = cache_folder() / f"counter-{key}-{qemu.plugin_interface}.so"
-    with locked(path.with_suffix(".lock"), progress):
+    with locks.held(path.with_suffix(".lock"), place=path.stem, waiting=progress):
         if not path.is_file():
             partial = path.with_suffix(".partial")
             flags = ["-O2", "-shared", "-fPIC", "-fvisibility=hidden", f"-DPLUGIN_VERSION={qemu.plugin_interface}"]

@@ -7,17 +7,17 @@ the user names in COMPRESS_APT_SOURCES.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import platform
 import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from compress import locks
 from compress.errors import TargetError
 from compress.progress import Progress
 from compress.targets import cache
@@ -42,18 +42,6 @@ def cache_folder() -> Path:
     except OSError as error:
         raise TargetError(str(folder), f"cannot be made: {error.strerror}", "set XDG_CACHE_HOME") from error
     return folder
-
-
-@contextlib.contextmanager
-def locked(path: Path, progress: Progress) -> Iterator[None]:
-    """Holds the file's lock; the kernel releases it when this process ends, however it ends."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress.note(f"another process is at work on {path.stem}; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @dataclass(frozen=True)
@@ -239,7 +227,7 @@ def fetched_program(
     """
     sources = Sources.of_file(sources_file) if sources_file else None
     folder = cache_folder() / "-".join(["debian", package, *(sources.suites[:1] if sources else ())])
-    with locked(folder.with_name(f"{folder.name}.lock"), progress):
+    with locks.held(folder.with_name(f"{folder.name}.lock"), place=folder.name, waiting=progress):
         if not (folder / program).is_file():
             _fetch(package, folder, sources, progress)
     if not (folder / program).is_file():

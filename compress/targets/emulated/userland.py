@@ -33,12 +33,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from compress import locks
 from compress.errors import TargetError
 from compress.progress import Progress
 from compress.targets import agent
 from compress.targets.emulated import qemu
 from compress.targets.emulated.cores import CORES, HARMLESS, HWCAP_BITS, cpuinfo
-from compress.targets.emulated.debian import PLACE, Apt, Sources, cache_folder, locked, run, unpack
+from compress.targets.emulated.debian import PLACE, Apt, Sources, cache_folder, run, unpack
 from compress.targets.machine import last_words
 
 ARCHITECTURE = "arm64"
@@ -131,7 +132,7 @@ def ready(progress: Progress) -> Userland:
     key = _key([LAYOUT, ARCHITECTURE, *sources.suites, *PACKAGES, *pins])
     folder = cache / f"userland-{key}"
     emulator = qemu.find(progress)
-    with locked(cache / f"{folder.name}.lock", progress):
+    with locks.held(cache / f"{folder.name}.lock", place=folder.name, waiting=progress):
         damage = _damage(folder)
         if damage:
             if folder.exists():
