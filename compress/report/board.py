@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compress.report import wording
-from compress.report.folder import Benchmark, EmulatedParity, InstructionCount, OnTarget, Timing
+from compress.report.parts import Benchmark, EmulatedParity, InstructionCount, OnTarget, Timing
 from compress.report.wording import NOT_MEASURED, as_text
 from compress.targets import is_emulated
 from compress.targets.agent import UNAVAILABLE

@@ -21,6 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from compress.report import wording
+from compress.report.wording import Score
 
 # matplotlib wants colours it knows. These stand for the page's CSS variables and are replaced by them in the SVG, so
 # one drawing serves a light and a dark page.
@@ -45,7 +46,7 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: it takes the page's typeface and can be searched
     "svg.hashsalt": "compress",
     "font.family": "DejaVu Sans",  # comes with matplotlib; only its metrics are used
-    "font.size": 11,
+    "font.size": 14,
     "text.color": INK,
     "axes.edgecolor": LINE,
     "axes.labelcolor": MUTED,
@@ -54,6 +55,7 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "axes.titlelocation": "left",
+    "axes.titlepad": 8,
     "grid.color": LINE,
     "grid.linewidth": 0.8,
     "xtick.color": LINE,
@@ -66,17 +68,18 @@ STYLE: dict[Any, Any] = {
     "figure.facecolor": "none",
 }
 
-WIDTH = 420
-"""Of most drawings, in points; a phone shows it about as wide in CSS pixels."""
+WIDTH = 360
+"""Of drawings, in points: a phone shows one a little smaller, with letters of 12 pixels, a desk a fifth larger."""
 
 
-def tradeoff(files: list[dict[str, Any]]) -> str:
+def tradeoff(files: list[dict[str, Any]], score: Score = wording.ACCURACY) -> str:
     """Accuracy against latency, a mark per file and runtime, and a whisker from p50 to p90."""
     shown = [file for file in files if file["timing"] and file["accuracy"] is not None]
     if not shown:
         return ""
+    factor = 100 if score.percent else 1
     runtimes = sorted({file["runtime"] for file in shown})
-    with _drawing("tradeoff", height=300, label="Accuracy against latency") as (figure, out):
+    with _drawing("tradeoff", height=310, label=_tradeoff_in_words(shown, score)) as (figure, out):
         axes = figure.add_subplot()
         for runtime, marker in zip(runtimes, MARKERS * len(runtimes), strict=False):
             own = [file for file in shown if file["runtime"] == runtime]
@@ -84,7 +87,7 @@ def tradeoff(files: list[dict[str, Any]]) -> str:
             line = [file for file in own if file["kind"] not in wording.KINDS]
             axes.plot(
                 [file["timing"]["p50_ms"] for file in line],
-                [100 * file["accuracy"] for file in line],
+                [factor * file["accuracy"] for file in line],
                 color=MUTED,
                 linewidth=1,
                 alpha=0.5,
@@ -92,7 +95,7 @@ def tradeoff(files: list[dict[str, Any]]) -> str:
             )
             for file in own:
                 p50, p90 = file["timing"]["p50_ms"], file["timing"]["p90_ms"]
-                colour, y = OF_KIND.get(file["kind"], INK), 100 * file["accuracy"]
+                colour, y = OF_KIND.get(file["kind"], INK), factor * file["accuracy"]
                 if p90:
                     axes.plot([p50, p90], [y, y], color=colour, linewidth=2, solid_capstyle="butt", zorder=2)
                 # Smaller weights are as fast as float ones: their marks lie on those, so they are smaller.
@@ -111,10 +114,11 @@ def tradeoff(files: list[dict[str, Any]]) -> str:
         right = max(file["timing"]["p90_ms"] or slowest for file in shown)
         # A whisker may leave the drawing on a noisy machine: the marks must not be squeezed into a corner for it.
         axes.set_xlim(0, min(1.08 * max(right, slowest), 1.5 * slowest))
-        _accuracy_limits(axes, [100 * file["accuracy"] for file in shown])
+        _accuracy_limits(axes, [factor * file["accuracy"] for file in shown], perfect=factor)
         axes.grid(True)
-        axes.set_xlabel("latency per image, ms (p50; less is better)")
-        axes.set_title("top-1 accuracy, %", fontsize=11, color=MUTED)
+        axes.set_xlabel("latency per image, ms (p50)")
+        name = "top-1 accuracy" if score == wording.ACCURACY else score.name
+        axes.set_title(f"{name}, %" if score.percent else name, fontsize=14, color=MUTED)
         kinds = [kind for kind in OF_KIND if any(file["kind"] == kind for file in shown)]
         handles = [
             Line2D([], [], marker="o", linestyle="", color=OF_KIND[kind], label=wording.kind(kind)) for kind in kinds
@@ -128,40 +132,63 @@ def tradeoff(files: list[dict[str, Any]]) -> str:
         figure.legend(
             handles=handles,
             loc="outside lower left",
-            ncols=5 if len(kinds) < 4 else 4,
+            ncols=3,
             handletextpad=0.2,
             columnspacing=1.2,
         )
     return out[0]
 
 
+def _tradeoff_in_words(shown: list[dict[str, Any]], score: Score) -> str:
+    points = [
+        f"{file['file']} {score.said(file['accuracy'])} at {wording.ms(file['timing']['p50_ms'])}" for file in shown
+    ]
+    return f"{score.title} against latency: {'; '.join(points)}"
+
+
 def training_curve(name: str, history: list[dict[str, Any]]) -> str:
-    """Mean loss of each epoch."""
+    """Mean loss of each epoch, above the learning rate."""
     if not history:
         return ""
-    with _drawing(f"training-{name}", width=320, height=190, label=f"Training loss of {name}") as (figure, out):
-        axes = figure.add_subplot()
-        epochs, losses = [epoch["epoch"] for epoch in history], [epoch["loss"] for epoch in history]
-        axes.plot(epochs, losses, color=INT8, linewidth=2, marker="o" if len(history) <= 12 else "", markersize=4)
-        axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
-        low, high = min(0.0, *losses), max(*losses, 0.0)
-        axes.set_ylim(low, high + 0.08 * (high - low or 1))
+    panels = [("loss", "mean loss", INT8, 3.0)]
+    panels += [("lr", "learning rate", FLOAT, 1.3)] if any(epoch.get("lr") for epoch in history) else []
+    height = 140 + 70 * len(panels)
+    label = f"Training of {name}: loss {_ends(history)}"
+    margins = {"left": 0.17, "right": 0.98, "bottom": 46 / height, "top": 1 - 26 / height, "hspace": 0.45}
+    with _drawing(f"training-{name}", height=height, label=label, margins=margins) as (figure, out):
+        rows = figure.subplots(
+            len(panels), 1, sharex=True, squeeze=False, height_ratios=[share for *_, share in panels]
+        )[:, 0]
+        epochs = [epoch["epoch"] for epoch in history]
+        for axes, (key, title, colour, _) in zip(rows, panels, strict=True):
+            known = [(epoch["epoch"], epoch[key]) for epoch in history if epoch.get(key) is not None]
+            marker = "o" if len(history) <= 12 else ""
+            axes.plot(*zip(*known, strict=True), color=colour, linewidth=2, marker=marker, markersize=4)
+            values = [value for _, value in known]
+            low, high = min(0.0, *values), max(*values, 0.0)
+            axes.set_ylim(low, high + 0.08 * (high - low or 1))
+            axes.yaxis.set_major_locator(MaxNLocator(4 if key == "loss" else 2))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+            axes.grid(True, axis="y")
+            axes.set_title(title, fontsize=14, color=MUTED)
+        rows[-1].set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
         if len(epochs) > 8:
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            rows[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
         else:
-            axes.set_xticks(epochs)
-        axes.yaxis.set_major_locator(MaxNLocator(4))
-        axes.grid(True, axis="y")
-        axes.set_xlabel("epoch")
-        axes.set_title("mean loss", fontsize=11, color=MUTED)
+            rows[-1].set_xticks(epochs)
+        rows[-1].set_xlabel("epoch")
     return out[0]
+
+
+def _ends(history: list[dict[str, Any]]) -> str:
+    return f"{history[0]['loss']:.3g} to {history[-1]['loss']:.3g} in {len(history)} epochs"
 
 
 def channels(layers: list[dict[str, Any]]) -> str:
     """Output channels of each layer before and after pruning, first layer on top."""
     if not layers:
         return ""
-    row = 17.4  # as high as a row of the table beside it
+    row = 17.6  # as high as a row of the table beside it
     with _drawing("channels", height=60 + row * len(layers), label="Channels before and after pruning") as (
         figure,
         out,
@@ -172,7 +199,7 @@ def channels(layers: list[dict[str, Any]]) -> str:
         after = [layer["channels"][1] or 0 for layer in layers]
         axes.barh(places, before, height=0.72, color=LINE)
         axes.barh(places, after, height=0.72, color=FLOAT)
-        axes.set_yticks(places, [_shortened(layer["name"]) for layer in layers], fontsize=9.5)
+        axes.set_yticks(places, [_shortened(layer["name"]) for layer in layers], fontsize=14)
         axes.set_ylim(len(layers) - 0.4, -0.6)
         axes.tick_params(axis="x", labeltop=True, labelbottom=False)
         axes.spines[["bottom", "left"]].set_visible(False)
@@ -191,7 +218,7 @@ def lsb_histogram(agreement: dict[str, Any], *, allowed: int | None) -> str:
         return ""
     last = max(2, min(8, max(histogram)))
     title = f"{agreement['a']} against {agreement['b']}"
-    with _drawing(f"lsb-{title}", width=320, height=170, label=f"Differences of {title} in LSB") as (figure, out):
+    with _drawing(f"lsb-{title}", height=190, label=f"Differences of {title} in LSB") as (figure, out):
         axes = figure.add_subplot()
         counts = [histogram.get(step, 0) for step in range(last)]
         counts.append(sum(number for step, number in histogram.items() if step >= last))
@@ -200,7 +227,7 @@ def lsb_histogram(agreement: dict[str, Any], *, allowed: int | None) -> str:
         axes.bar(range(last + 1), [max(number, 0.5) for number in counts], width=0.62, color=colours)
         for step, number in enumerate(counts):
             axes.annotate(
-                f"{number:,}", (step, max(number, 0.5)), (0, 3), textcoords="offset points", ha="center", fontsize=10
+                f"{number:,}", (step, max(number, 0.5)), (0, 3), textcoords="offset points", ha="center", fontsize=14
             )
         axes.set_yscale("log")
         axes.set_ylim(0.5, 6 * max(counts))
@@ -237,7 +264,7 @@ def knowledge(found: dict[str, Any]) -> str:
                 markeredgecolor=PAGE,
                 zorder=3,
             )
-        axes.set_yticks(range(len(rows)), [_change(row["name"]) for row in rows], fontsize=9.5)
+        axes.set_yticks(range(len(rows)), [_change(row["name"]) for row in rows], fontsize=14)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlim(-2, 102)
         axes.grid(True, axis="x")
@@ -247,7 +274,7 @@ def knowledge(found: dict[str, Any]) -> str:
             Line2D([], [], marker=marker, linestyle="", color=colour, label=label)
             for _, label, colour, marker, _ in marks
         ]
-        figure.legend(handles=handles, loc="outside upper left", ncols=3, handletextpad=0.2, columnspacing=1.2)
+        figure.legend(handles=handles, loc="outside upper left", ncols=2, handletextpad=0.2, columnspacing=1.2)
     return out[0]
 
 
@@ -277,7 +304,7 @@ def sustained(series: dict[str, Any]) -> str:
         upper.set_xlim(0, max(minutes))
         upper.yaxis.set_major_locator(MaxNLocator(4))
         upper.grid(True, axis="y")
-        upper.set_title("latency per image, ms", fontsize=11, color=MUTED)
+        upper.set_title("latency per image, ms", fontsize=14, color=MUTED)
         handles = [Line2D([], [], color=INT8, linewidth=2, label="p50, shaded to p90")]
         if any(held):
             handles.append(Line2D([], [], color=BAD, alpha=0.25, linewidth=8, label="throttled"))
@@ -286,7 +313,65 @@ def sustained(series: dict[str, Any]) -> str:
         lowest = upper if lower is None else lower
         lowest.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         lowest.set_xlabel("minutes")
-        figure.legend(handles=handles, loc="outside lower left", ncols=4, handletextpad=0.5, columnspacing=1.2)
+        figure.legend(handles=handles, loc="outside lower left", ncols=2, handletextpad=0.5, columnspacing=1.2)
+    return out[0]
+
+
+def pareto(groups: list[dict[str, Any]], *, name: str = "pareto", score: wording.Score = wording.ACCURACY) -> str:
+    """Accuracy against latency, or against size where nothing was timed; the larger the file, the larger the mark.
+
+    A group has `number`, `best`, `noisy` and, for each of its `figures`, mean, least and most. What no other beats is
+    filled and joined by a line; whiskers span the repetitions.
+    """
+    timed = any("latency_ms" in group["figures"] for group in groups)
+    across, unit = ("latency_ms", 1.0) if timed else ("size_bytes", 1e6)
+    shown = [group for group in groups if {"accuracy", across} <= group["figures"].keys()]
+    if not shown:
+        return ""
+    factor = 100 if score.percent else 1
+    sizes = {group["number"]: group["figures"].get("size_bytes", {}).get("mean", 0.0) for group in shown}
+    largest = max(sizes.values()) or 1.0
+    label = f"{score.title} against {across.partition('_')[0]}: {len(shown)} runs"
+    with _drawing(name, height=330, label=label) as (figure, out):
+        axes = figure.add_subplot()
+        front = []
+        numbers: dict[tuple[float, float], list[str]] = {}
+        for group in shown:
+            xs = {end: value / unit for end, value in group["figures"][across].items()}
+            ys = {end: factor * value for end, value in group["figures"]["accuracy"].items()}
+            colour = INT8 if group["best"] else MUTED
+            axes.plot([xs["least"], xs["most"]], [ys["mean"]] * 2, color=colour, linewidth=1.5, zorder=2)
+            axes.plot([xs["mean"]] * 2, [ys["least"], ys["most"]], color=colour, linewidth=1.5, zorder=2)
+            axes.plot(
+                xs["mean"],
+                ys["mean"],
+                marker="D" if group["noisy"] else "o",
+                markersize=6 + 8 * (sizes[group["number"]] / largest) ** 0.5,
+                color=colour if group["best"] else PAGE,
+                markeredgecolor=PAGE if group["best"] else colour,
+                markeredgewidth=1.5,
+                zorder=3,
+            )
+            at = (xs["mean"], ys["mean"])
+            numbers.setdefault(at, []).append(str(group["number"]))
+            front += [at] if group["best"] else []
+        for at, own in numbers.items():  # marks on one place share a label
+            axes.annotate(", ".join(own), at, (8, 7), textcoords="offset points", fontsize=14, zorder=4)
+        axes.plot(*zip(*sorted(front), strict=True), color=INT8, linewidth=1, alpha=0.5, zorder=1)
+        axes.set_xlim(0, 1.12 * max(group["figures"][across]["most"] / unit for group in shown))
+        ends = [factor * group["figures"]["accuracy"][end] for group in shown for end in ("least", "most")]
+        _accuracy_limits(axes, ends)
+        axes.grid(True)
+        axes.set_xlabel("latency per image, ms (p50)" if timed else "size, MB")
+        unit_of_score = "%" if score.percent else "1 is perfect"
+        axes.set_title(f"{score.name}, {unit_of_score}", fontsize=14, color=MUTED)
+        marks = [("o", INT8, PAGE, "best"), ("o", PAGE, MUTED, "beaten by another")]
+        marks += [("D", PAGE, MUTED, "NOISY")] if any(group["noisy"] for group in shown) else []
+        handles = [
+            Line2D([], [], marker=marker, linestyle="", color=fill, markeredgecolor=edge, markersize=8, label=label)
+            for marker, fill, edge, label in marks
+        ]
+        figure.legend(handles=handles, loc="outside lower left", ncols=2, handletextpad=0.2, columnspacing=1.2)
     return out[0]
 
 
@@ -314,11 +399,11 @@ def _clock(axes: Axes, minutes: list[float], told: dict[str, list[float | None]]
         low, high = (0.0, 1.15 * max(numbers)) if name == "mhz" else (min(*numbers, 30.0), max(*numbers, 90.0))
         own.set_ylim(low, high)
         own.yaxis.set_major_locator(MaxNLocator(3))
-        own.tick_params(axis="y", labelcolor=colour)
+
         titles.append(unit)
         handles.append(Line2D([], [], color=colour, linestyle=dashes, linewidth=2, label=unit))
     axes.grid(True, axis="y")
-    axes.set_title(" (left), ".join(titles) + (" (right)" if len(titles) > 1 else ""), fontsize=11, color=MUTED)
+    axes.set_title(" (left), ".join(titles) + (" (right)" if len(titles) > 1 else ""), fontsize=14, color=MUTED)
     return handles
 
 
@@ -340,28 +425,35 @@ def _drawn(found: dict[str, Any]) -> list[str]:
     return ["accuracy", *corrupted, "fgsm_accuracy", "pgd_accuracy"]
 
 
-def _accuracy_limits(axes: Axes, accuracies: list[float]) -> None:
+def _accuracy_limits(axes: Axes, accuracies: list[float], perfect: float = 100) -> None:
     """At least four points of accuracy on the axis: a smaller window would make the loss of one image a fall."""
     low, high = min(accuracies), max(accuracies)
-    margin = max(0.25 * (high - low), (4 - (high - low)) / 2)
+    margin = max(0.25 * (high - low), (0.04 * perfect - (high - low)) / 2)
     # Room above 100 so that a mark at the top is not cut in half.
-    top = min(high + margin, 100 + 0.08 * (high - low + 2 * margin))
-    axes.set_ylim(max(low - margin, -0.5), top)
+    top = min(high + margin, perfect + 0.08 * (high - low + 2 * margin))
+    axes.set_ylim(max(low - margin, -0.005 * perfect) if low >= 0 else low - margin, top)
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
 
 
 def _shortened(name: str) -> str:
-    return name if len(name) <= 26 else f"{name[:12]}…{name[-13:]}"
+    return name if len(name) <= 21 else f"{name[:9]}…{name[-11:]}"
 
 
 @contextmanager
-def _drawing(name: str, *, height: float, width: float = WIDTH, label: str) -> Iterator[tuple[Figure, list[str]]]:
-    """A figure to draw on, and a list that holds its SVG once the block is left."""
+def _drawing(
+    name: str, *, height: float, label: str, margins: dict[str, float] | None = None
+) -> Iterator[tuple[Figure, list[str]]]:
+    """A figure to draw on, and a list that holds its SVG once the block is left.
+
+    With `margins`, as parts of width and height, no room is looked for around the texts: twice as fast.
+    """
     out: list[str] = []
     with rc_context(STYLE), warnings.catch_warnings():
         # The page's typeface has the characters that matplotlib's own lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+        figure = Figure(figsize=(WIDTH / 72, height / 72), layout=None if margins else "constrained")
+        if margins:
+            figure.subplots_adjust(**margins)
         yield figure, out
         text = io.StringIO()
         no_metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from compress.report.folder import Knowledge, RunFolder, Stage
+from compress.report.folder import RunFolder, Stage
+from compress.report.parts import Knowledge
 
 BETTER_LOW = ("ece", "nll", "brier", "kl", "js")
 """Measures of which less is better."""

@@ -1,30 +1,19 @@
-"""What a run folder holds, checked: `run.json`, `recipe.yaml` and one `manifest.json` per finished stage.
-
-Everything a stage may leave out is optional here, and None means "not measured". Unknown fields are let through or
-ignored, so that a report can be written for a run folder of another version.
-"""
+"""A run's folder, read: `run.json`, `recipe.yaml` and one `manifest.json` per finished stage."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-)
+from pydantic import ValidationError
 
 from compress.errors import CompressError
-from compress.targets.agent import UNAVAILABLE
+from compress.progress import LOG
+from compress.report.log import Log, read_log
+from compress.report.parts import METRICS, Manifest, Metrics, Part, RunDescription, Training
+from compress.written import refuse_pipes
 
 NO_DISTILLATION = "no_distillation"
 """The control that was trained like the run, but without teachers."""
@@ -32,399 +21,6 @@ NO_DISTILLATION = "no_distillation"
 
 class RunFolderError(CompressError):
     """A folder that cannot be reported on: no run, nothing finished yet, or a file that does not say what it should."""
-
-
-class Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-def _found_out(value: Any) -> Any:
-    """None for "unavailable", the agent's word for what a machine does not tell."""
-    return None if value == UNAVAILABLE else value
-
-
-Told = Annotated[NonNegativeFloat | None, BeforeValidator(_found_out)]
-"""A figure that not every machine tells."""
-
-
-class Layer(Part):
-    name: str
-    kind: str = ""
-    inputs: int
-    outputs: int
-    groups: int = 1
-    kernel: list[int] = []
-    macs: int | None = None
-    params: int | None = None
-
-
-class NetworkFigures(Part):
-    """The torch network after a stage."""
-
-    accuracy: float | None = Field(default=None, ge=0, le=1)
-    images: int | None = None
-    params: int | None = None
-    macs: int | None = None
-    precision: str = "float32"
-    """`float32`, `int8 (fake quant)`, `int8 + 2 layers float32 (fake quant)`, `W4A8 (simulated)`."""
-    layers: list[Layer] = []
-
-    @property
-    def numbers(self) -> str:
-        """What it computes in: `float32`, `int8`, `int8 + 2 layers float32`, `W4A8`."""
-        return self.precision.partition(" (")[0]
-
-    @property
-    def simulated(self) -> bool:
-        """Whether no runtime executes what the network computes."""
-        return self.precision.endswith("(simulated)")
-
-
-class Epoch(Part):
-    epoch: int
-    loss: float
-    lr: float | None = None
-    seconds: float | None = None
-
-
-class ExportedFile(Part):
-    format: str
-    kind: str
-    """parent, float, float16, int8_weights or int8."""
-    size_bytes: PositiveInt | None = None
-    sha256: str | None = None
-
-
-class Export(Part):
-    files: dict[str, ExportedFile] = {}
-
-
-class VerifiedFile(Part):
-    runtime: str
-    accuracy: float | None = Field(default=None, ge=0, le=1)
-    images: int | None = None
-
-
-class Agreement(Part):
-    """How far two forms of one network agree on the same images."""
-
-    a: str
-    b: str
-    kind: str = ""
-    logits: int | None = None
-    differing: int | None = None
-    max_lsb: int | None = None
-    max_abs: float | None = None
-    max_relative: float | None = None
-    """`max_abs` over the largest logit."""
-    top1_agreement: float | None = None
-    histogram: dict[int, NonNegativeInt] = {}
-    """Number of logits by how many steps of the output's grid they differ."""
-
-
-class Stored(Part):
-    """Scales, zero points, weights and biases, read from the files and compared exactly."""
-
-    witnesses: list[str] = []
-    grids: int = 0
-    layers: int = 0
-    differing: int = 0
-    """Layers with a number that differs."""
-
-
-class LayerNoise(Part):
-    layer: str
-    output_db: float | None = None
-    """Signal over error at the output when this layer alone is rounded; None where there is no error."""
-    own_db: float | None = None
-    sqnr_db: float | None = None
-
-
-class Noise(Part):
-    """What rounding costs, layer by layer."""
-
-    exact: str
-    rounded: str
-    images: int | None = None
-    output_db: float | None = None
-    worst: list[str] = []
-    """The layers that cost most, the worst first."""
-    layers: list[LayerNoise] = []
-
-
-class Verification(Part):
-    tolerance_lsb: int | None = None
-    tolerance_float: float | None = None
-    """Largest `max_relative` allowed between float files."""
-    images: int | None = None
-    verdict: str
-    reason: str = ""
-    """Why not PASS."""
-    files: dict[str, VerifiedFile] = {}
-    agreement: list[Agreement] = []
-    static: Stored | None = None
-    sqnr: Noise | None = None
-    notes: list[str] = []
-
-
-class Conditions(Part):
-    """The machine that measured and how; fields that this class does not name are kept and shown."""
-
-    model_config = ConfigDict(extra="allow")
-
-    target: str = "local"
-    machine: str | None = None
-    cpu: str | None = None
-    arch: str | None = None
-    is_arm: bool | None = None
-    emulator: Annotated[str | None, BeforeValidator(_found_out)] = None
-    """What a board runs programs of its architecture by, where that is no CPU: `qemu-aarch64`."""
-    threads: int | list[int] | str | None = None
-    batch: int | None = None
-    runtimes: dict[str, Any] = {}
-    before: dict[str, Any] = {}
-    """Temperature, clock, throttling and load before the first process."""
-    during: dict[str, Any] = {}
-    """Least and most of clock and temperature over all processes."""
-    after: dict[str, Any] = {}
-    """As before, after the last process."""
-    throttled: list[str] = []
-    """Why the machine is taken for throttled while it measured."""
-
-
-class Timing(Part):
-    """One file timed in one runtime, batch 1."""
-
-    file: str
-    kind: str
-    runtime: str
-    threads: int | None = None
-    p50_ms: PositiveFloat
-    p90_ms: PositiveFloat | None = None
-    p99_ms: PositiveFloat | None = None
-    min_ms: PositiveFloat | None = None
-    max_ms: PositiveFloat | None = None
-    fps: PositiveFloat | None = None
-    startup_ms: NonNegativeFloat | None = None
-    first_ms: NonNegativeFloat | None = None
-    peak_rss_mb: NonNegativeFloat | None = None
-    samples: int | None = None
-    sampled_s: NonNegativeFloat | None = None
-    """Seconds of all samples together."""
-    size_bytes: PositiveInt | None = None
-    sha256: str | None = None
-
-
-class Pair(Part):
-    """Candidate against baseline, measured in turns."""
-
-    runtime: str
-    baseline: str
-    candidate: str
-    threads: int | None = None
-    speedup: PositiveFloat
-    interval: tuple[PositiveFloat, PositiveFloat] | None = None
-    aa_ratio: float | None = None
-    """The baseline against itself: what the machine calls a difference where there is none."""
-    verdict: str | None = None
-    reasons: list[str] = []
-    """Why NOISY."""
-
-
-class OnTarget(Part):
-    """A sample of the evaluation images on the machine that measured, and on the host by a runtime of the same name."""
-
-    file: str
-    runtime: str
-    images: int
-    correct: int | None = None
-    accuracy: float | None = Field(default=None, ge=0, le=1)
-    host_accuracy: float | None = Field(default=None, ge=0, le=1)
-    outputs: int
-    """Output values compared."""
-    differing: int
-    max_lsb: int | None = None
-    """Of integer outputs."""
-    max_difference: float | None = None
-    """Of float outputs."""
-    equal: bool
-    """Bit for bit."""
-    board_version: str | None = None
-    host_version: str | None = None
-    outputs_sha256: str | None = None
-
-
-class Point(Part):
-    """A few seconds of a sustained run."""
-
-    t_s: NonNegativeFloat
-    p50_ms: PositiveFloat
-    p90_ms: PositiveFloat | None = None
-    samples: int | None = None
-    mhz: Told = None
-    temperature_c: Annotated[float | None, BeforeValidator(_found_out)] = None
-    throttled: list[str] = []
-    """Why the machine is taken for held back at that time."""
-
-
-class Sustained(Part):
-    """One file without a pause for minutes."""
-
-    file: str
-    runtime: str
-    threads: int | str | None = None
-    series: list[Point] = []
-    first_minute_p50_ms: PositiveFloat | None = None
-    last_minute_p50_ms: PositiveFloat | None = None
-    slowdown: PositiveFloat | None = None
-    throttled: list[str] = []
-    verdict: str | None = None
-
-
-class EmulatedParity(Part):
-    """A file's outputs from the kernels that an emulated core runs, compared with the host's."""
-
-    file: str
-    runtime: str
-    cpu: str
-    images: int | None = None
-    outputs: int
-    differing: int
-    max_lsb: int | None = None
-    max_difference: float | None = None
-    outputs_sha256: str | None = None
-
-
-class InstructionCount(Part):
-    """Instructions of one inference by one thread of an emulated core."""
-
-    file: str
-    runtime: str
-    cpu: str
-    instructions: PositiveInt
-    repeat_instructions: PositiveInt | None = None
-    """Of a second count of the same: how far it may be trusted."""
-    overhead_instructions: NonNegativeInt | None = None
-    cycles_estimated: Told = None
-    share_covered: Told = None
-    """Part of the instructions that the estimate of cycles looked at."""
-    size_bytes: PositiveInt | None = None
-    sha256: str | None = None
-
-
-class Benchmark(Part):
-    conditions: Conditions
-    rows: list[Timing] = []
-    pairs: list[Pair] = []
-    accuracy: list[OnTarget] = []
-    sustained: list[Sustained] = []
-    parity: list[EmulatedParity] = []
-    counts: list[InstructionCount] = []
-    notes: list[str] = []
-
-
-class Measure(Part):
-    """One figure of the network and of the one it was made from."""
-
-    name: str
-    group: str = ""
-    unit: str = "fraction"
-    images: int | None = None
-    student: float | None = None
-    teacher: float | None = None
-    """None where the figure is of both together, such as how often they agree."""
-
-
-class Knowledge(Part):
-    """What a network has of its original beyond accuracy."""
-
-    images: int | None = None
-    attack_images: int | None = None
-    eps_255ths: float | None = None
-    """How far attacks moved a pixel."""
-    severities: list[int] = []
-    """Of the corruptions."""
-    measures: list[Measure] = []
-
-
-class Training(Part):
-    history: list[Epoch] = []
-
-
-class Pruning(Training):
-    goal_macs: float | None = None
-    macs_before: int | None = None
-    macs_after: int | None = None
-    reached: float | None = None
-    criterion: Any = None
-    round_to: int | None = None
-    steps: int | None = None
-
-
-Metrics = Export | Verification | Benchmark | Knowledge | Pruning | Training
-
-METRICS: dict[str, type[Metrics]] = {
-    "prune": Pruning,
-    "knowledge": Knowledge,
-    "export": Export,
-    "verify": Verification,
-    "benchmark": Benchmark,
-}
-"""By stage; any other stage is one that may have trained."""
-
-
-class ProductFolders(Part):
-    """Where the product lay after a stage, relative to the run's folder."""
-
-    parent: str | None = None
-    """`stages/01-train/network`; None while nothing was compressed."""
-
-
-class Manifest(Part):
-    stage: str
-    index: int
-    folder: str
-    settings: dict[str, Any] = {}
-    seconds: float | None = None
-    finished: str | None = None
-    resumed: bool = False
-    product: ProductFolders = ProductFolders()
-    notes: list[str] = []
-    network: NetworkFigures | None = None
-    metrics: dict[str, Any] = {}
-
-
-class DataDescription(Part):
-    use: str | None = None
-    labels: list[str] = []
-    train: int | None = None
-    evaluation: int | None = None
-    fingerprint: str | None = None
-    notes: list[str] = []
-
-
-class RunDescription(Part):
-    name: str
-    command: str | None = None
-    started: str | None = None
-    finished: str | None = None
-    seconds: float | None = None
-    recipe_hash: str | None = None
-    compress: str | None = None
-    versions: dict[str, str] = {}
-    python: str | None = None
-    platform: str | None = None
-    cpu: str | None = None
-    threads: int | None = None
-    processes: int | None = None
-    device: str | None = None
-    seed: int | None = None
-    data: DataDescription = DataDescription()
-    preprocess: dict[str, Any] = {}
-    model: dict[str, Any] = {}
-    stages: list[str] | None = None
-    controls: list[str] = []
-    """Other runs to compare this one with, in its folder `controls`."""
 
 
 @dataclass(frozen=True)
@@ -443,6 +39,9 @@ class RunFolder:
     """Stages that the run names and that left no manifest."""
     recipe: str | None
     """The resolved recipe's text."""
+    log: Log
+    planned: list[str]
+    """Stages that the recipe names and that have not ended."""
     undistilled: RunFolder | None = None
     """The same without teachers, as far as it got; None where it was not asked for or left nothing."""
 
@@ -451,6 +50,7 @@ def read_folder(path: Path) -> RunFolder:
     """The run in `path`. Raises RunFolderError, in one line, with the file and the field that is wrong."""
     if not (path / "run.json").is_file():
         raise RunFolderError(path, "not a run folder: it has no run.json", "give the folder that `compress run` wrote")
+    refuse_pipes(path)
     run = _read(path / "run.json", RunDescription)
     folders = run.stages
     if folders is None:
@@ -469,8 +69,26 @@ def read_folder(path: Path) -> RunFolder:
         stages=stages,
         unfinished=[name for name, manifest in manifests.items() if not manifest.is_file()],
         recipe=_text(recipe) if recipe.is_file() else None,
+        log=read_log(path / LOG),
+        planned=_planned(recipe, [stage.manifest.stage for stage in stages]),
         undistilled=_control(path / "controls" / NO_DISTILLATION) if NO_DISTILLATION in run.controls else None,
     )
+
+
+def _planned(recipe: Path, ended: list[str]) -> list[str]:
+    """Of a resolved recipe, which a killed run may have left in any state; `ended` are the stages by their use."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        stages = YAML(typ="safe", pure=True).load(recipe.read_text(encoding="utf-8"))["stages"]
+        uses = [str(stage["use"]) for stage in stages]
+    except (OSError, ValueError, TypeError, LookupError, RecursionError, YAMLError):
+        return []
+    # Counted, not compared by number: the control without teachers leaves numbers out.
+    return [
+        f"{number:02d}-{use}" for number, use in enumerate(uses, start=1) if uses[:number].count(use) > ended.count(use)
+    ]
 
 
 def _control(path: Path) -> RunFolder | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from compress.report import wording
-from compress.report.folder import Benchmark, Conditions, NetworkFigures, Verification
-from compress.report.wording import NOT_MEASURED, SIMULATED
+from compress.report.parts import Benchmark, Conditions, NetworkFigures, Verification
+from compress.report.wording import ACCURACY, NOT_MEASURED, SIMULATED, Score
 from compress.targets import is_emulated
 
 
@@ -53,6 +53,7 @@ def headline(
     benchmark: Benchmark | None,
     board: dict[str, Any] | None = None,
     ablation: dict[str, Any] | None = None,
+    score: Score = ACCURACY,
 ) -> dict[str, Any]:
     """The verdict in one sentence, the figures behind it with their conditions, and what must not be overlooked."""
     left = {stage["folder"]: stage["network"] for stage in networks if stage["network"]}
@@ -63,7 +64,7 @@ def headline(
         final = left.get(best["stage"], final)  # a later stage's network has no file: the report's warnings say so
     facts = {
         "speed": _speed(best, baseline, benchmark),
-        "accuracy": _accuracy(best, baseline, final, parent),
+        "accuracy": _accuracy(best, baseline, final, parent, score),
         "size": _size(best, baseline),
         "compute": _compute(final, parent),
         "parity": _parity(verification),
@@ -74,7 +75,7 @@ def headline(
     if board and (board["accuracy"] or board["parity"]):
         facts["board"] = _on_target(board, emulated)
     if ablation:
-        facts["ablation"] = _ablation(ablation)
+        facts["ablation"] = _ablation(ablation, score)
     last = next(reversed(left.values()), None)
     unexecuted = last["numbers"] if last and last["simulated"] else ""
     if unexecuted and not best:
@@ -84,16 +85,16 @@ def headline(
     compressed = (best and best["kind"] != "parent") or (final and not final["is_parent"])
     phrases = [fact["phrase"] for fact in facts.values() if fact["phrase"]]
     if unexecuted and not best:
-        sentence = (
-            f"{unexecuted} simulated: {facts['accuracy']['phrase'] or 'accuracy not measured'}; no file, size or speed"
-        )
+        told = facts["accuracy"]["phrase"] or f"{score.name} not measured"
+        sentence = f"{unexecuted} simulated: {told}; no file, size or speed"
     elif compressed:
-        missing = [name for name in ("speed", "accuracy", "size") if facts[name]["value"] == NOT_MEASURED]
+        names = {"speed": "speed", "accuracy": score.name, "size": "size"}
+        missing = [name for fact, name in names.items() if facts[fact]["value"] == NOT_MEASURED]
         sentence = ", ".join(phrases[:3]) or "compressed"
         sentence += f"; {' and '.join(missing)} not measured" if missing else ""
         sentence += "; speed not measured (emulated)" if emulated else ""
         if last and unexecuted:
-            lost = "accuracy not measured" if last["difference"] is None else wording.lost(last["difference"])
+            lost = f"{score.name} not measured" if last["difference"] is None else score.lost(last["difference"])
             sentence += f"; {unexecuted} simulated: {lost}"
     else:
         sentence = "Nothing compressed: " + (", ".join(phrases[:3]) or "nothing measured")
@@ -201,17 +202,20 @@ def _accuracy(
     baseline: dict[str, Any] | None,
     final: dict[str, Any] | None,
     parent: NetworkFigures | None,
+    score: Score,
 ) -> dict[str, str]:
     measured = best if best and best["accuracy"] is not None else final
     if not measured or measured["accuracy"] is None:
-        return _fact("Accuracy", NOT_MEASURED, "neither of a file nor of a torch network")
+        return _fact(score.title, NOT_MEASURED, "neither of a file nor of a torch network")
     accuracy, images, difference = measured["accuracy"], measured["images"], measured["difference"]
     on_file = measured is best and best["accuracy_of"] == "file"
-    images_text = f"; {images:,} images, one is {100 / images:.2g} points" if images else ""
+    one = f", one is {100 / images:.2g} points" if images and score.name == "accuracy" else ""
+    images_text = f"; {images:,} images{one}" if images else ""
     is_parent = measured["kind"] == "parent" if measured is best else measured["is_parent"]
     if is_parent or difference is None:
         condition = (f"measured on {best['file']}" if on_file and best else "of the torch network") + images_text
-        return _fact("Accuracy", wording.percent(accuracy), "top-1", condition, f"{wording.percent(accuracy)} accuracy")
+        said = score.said(accuracy)
+        return _fact(score.title, said, score.suffix.strip(), condition, f"{said} {score.name}")
     if on_file and best and baseline and best["difference_from"] == baseline["file"]:
         before, condition = baseline["accuracy"], f"measured on {baseline['file']} and {best['file']}"
     elif on_file and best:
@@ -219,11 +223,11 @@ def _accuracy(
     else:
         before, condition = accuracy - difference, "of the torch networks, not of exported files"
     return _fact(
-        "Accuracy",
-        wording.points(difference),
-        f"{wording.percent(before)} → {wording.percent(accuracy)} top-1",
+        score.title,
+        score.change(difference),
+        f"{score.said(before)} → {score.said(accuracy)}{score.suffix}",
         condition + images_text,
-        phrase=wording.lost(difference),
+        phrase=score.lost(difference),
     )
 
 
@@ -278,7 +282,7 @@ def _parity(verification: Verification | None) -> dict[str, str]:
     return _fact(label, verification.verdict, detail, ", ".join(parts), tone=tone)
 
 
-def _ablation(ablation: dict[str, Any]) -> dict[str, str]:
+def _ablation(ablation: dict[str, Any], score: Score) -> dict[str, str]:
     label = "Without distillation"
     if ablation["without"] is None:
         return _fact(label, NOT_MEASURED, "the run without a teacher did not finish")
@@ -286,8 +290,8 @@ def _ablation(ablation: dict[str, Any]) -> dict[str, str]:
     images = f", {ablation['images']:,} images" if ablation["images"] else ""
     return _fact(
         label,
-        f"{wording.percent(ablation['without'])} ({wording.points(ablation['difference'])})",
-        wording.distilled(ablation["with"], ablation["without"]),
+        f"{score.said(ablation['without'])} ({score.change(ablation['difference'])})",
+        score.distilled(ablation["with"], ablation["without"]),
         f"{measured}{images}; the same training on the labels alone, one seed",
         tone="bad" if ablation["difference"] > 0 else "",
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from compress.targets.agent import UNAVAILABLE
+from compress.tasks import RULES
 
 NOT_MEASURED = "not measured"
 
@@ -27,8 +29,8 @@ def percent(fraction: float | None) -> str:
 
 
 def uncounted(pair: dict[str, Any]) -> str:
-    """In place of a count of outputs that differ: rounded weights against what was trained are compared by class."""
-    return "compared by class" if pair["kind"] in ("int8", *KINDS) else NOT_MEASURED
+    """In place of a count of outputs that differ: rounded weights against what was trained are compared by decisions."""
+    return "decisions compared" if pair["kind"] in ("int8", *KINDS) else NOT_MEASURED
 
 
 def decibels(value: float | None) -> str:
@@ -49,6 +51,69 @@ def points(difference: float | None) -> str:
         return NOT_MEASURED
     text = f"{100 * difference:+.1f}".replace("-", "\N{MINUS SIGN}")
     return "0.0 points" if float(f"{100 * difference:.1f}") == 0 else f"{text} points"
+
+
+@dataclass(frozen=True)
+class Score:
+    """How the score of a task is worded; the figures go by the name `accuracy`, whatever they are."""
+
+    name: str = "accuracy"
+    percent: bool = True
+
+    @property
+    def title(self) -> str:
+        return self.name[0].upper() + self.name[1:]
+
+    @property
+    def suffix(self) -> str:
+        """Behind an accuracy, as people write it."""
+        return " top-1" if self.name == "accuracy" else ""
+
+    def said(self, value: float | None) -> str:
+        if self.percent or value is None:
+            return percent(value)
+        return f"{value:.3f}".replace("-", "\N{MINUS SIGN}")
+
+    def change(self, difference: float | None) -> str:
+        """A difference of two scores, with its sign."""
+        if self.percent or difference is None:
+            return points(difference)
+        return f"{difference:+.3f}".replace("-", "\N{MINUS SIGN}")
+
+    def lost(self, difference: float) -> str:
+        """`0.4 points lost`, `0.012 of R2 lost`."""
+        if difference == 0:
+            return f"{self.name} unchanged"
+        word, some = ("lost" if difference < 0 else "gained"), "" if self.name == "accuracy" else f" of {self.name}"
+        if not self.percent:
+            amount = f"{abs(difference):.3f}"
+            return f"{'less than 0.001' if amount == '0.000' else amount}{some} {word}"
+        amount = f"{abs(100 * difference):.1f}"
+        return f"{'less than 0.1 points' if amount == '0.0' else f'{amount} points'}{some} {word}"
+
+    def distilled(self, with_it: float, without: float) -> str:
+        """What distillation did to the score, in a sentence without its stop; a loss is called one."""
+        if with_it == without:
+            return f"Distillation changed nothing: {self.said(with_it)} with and without it"
+        word = "gained" if with_it > without else "lost"
+        amount = self.lost(with_it - without).removesuffix(" gained").removesuffix(" lost")
+        return f"Distillation {word} {amount}: {self.said(without)} without it, {self.said(with_it)} with it"
+
+
+ACCURACY = Score()
+
+
+def score_of(task: str) -> Score:
+    """Of a run's task; a run that says nothing known of it classified."""
+    rules = next((rules for name, rules in RULES.items() if name == task), RULES["classification"])
+    return Score(rules.score_name, rules.percent)
+
+
+def output(value: float | None, fraction: bool) -> str:
+    """A figure of one output: a percentage, or four digits in the unit of the data."""
+    if fraction or value is None:
+        return percent(value)
+    return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
 
 
 def ms(value: float | None) -> str:
@@ -102,6 +167,24 @@ def moment(text: str) -> str:
         return text
 
 
+def label(number: int, labels: list[str]) -> str:
+    """What a class is called; its number where the run does not say."""
+    return labels[number] if number < len(labels) else f"class {number}"
+
+
+def sure(confidence: float) -> str:
+    """Whole percents, never rounded up to 100."""
+    return f"{min(100 * confidence, 99.9):.0f}%" if confidence < 0.995 else ("100%" if confidence == 1 else "over 99%")
+
+
+def came(stage: dict[str, Any]) -> str:
+    """Whether a stage ran for this report or an earlier result served, and from when that is."""
+    if not stage["resumed"]:
+        return "ran"
+    word = "measured earlier" if stage["stage"] == "benchmark" else "taken from an earlier run"
+    return f"{word}, {moment(stage['finished'])}" if stage["finished"] else word
+
+
 def runtime(name: str | None, version: object = None) -> str:
     label = RUNTIMES.get(name or "", name or NOT_MEASURED)
     return f"{label} {version}" if version and version != UNAVAILABLE else label
@@ -116,25 +199,6 @@ def faster(speedup: float, interval: tuple[float, float] | list[float] | None = 
 
 def smaller(times: float) -> str:
     return _compared(times, "smaller", "larger", "no change in size")
-
-
-def lost(difference: float) -> str:
-    """`0.4 points lost`, from a difference of two accuracies (fractions)."""
-    if difference == 0:
-        return "accuracy unchanged"
-    word = "lost" if difference < 0 else "gained"
-    amount = f"{abs(100 * difference):.1f}"
-    return f"less than 0.1 points {word}" if amount == "0.0" else f"{amount} points {word}"
-
-
-def distilled(with_it: float, without: float) -> str:
-    """What distillation did to the accuracy, in a sentence without its stop; a loss is called one."""
-    if with_it == without:
-        return f"Distillation changed nothing: {percent(with_it)} with and without it"
-    word = "gained" if with_it > without else "lost"
-    amount = f"{abs(100 * (with_it - without)):.1f}"
-    amount = "less than 0.1 points" if amount == "0.0" else f"{amount} points"
-    return f"Distillation {word} {amount}: {percent(without)} without it, {percent(with_it)} with it"
 
 
 ATTACKS = {"fgsm": "FGSM", "pgd": "PGD"}

@@ -7,27 +7,33 @@ from typing import Any
 import numpy as np
 
 from compress.targets.outputs import HUGE
+from compress.tasks import Rules, agreement, task_of
 
+CLASSES = task_of("classification")
 Pair = dict[str, Any]
 """One entry of the report: names `a` and `b`, measures, `verdict` (PASS or FAIL) and, where it failed, `reason`."""
 
 
-def compare_classes(a: str, b: str, logits_a: np.ndarray, logits_b: np.ndarray, tolerance: float) -> Pair:
-    """How many images two results (N, K) put into different classes. One alone is no evidence, unless none may be."""
-    same = top1_agreement(logits_a, logits_b)
-    moved = round((1 - same) * len(logits_a))
-    passed = moved <= tolerance * len(logits_a) or (moved == 1 and tolerance > 0)
+def compare_decisions(
+    a: str, b: str, logits_a: np.ndarray, logits_b: np.ndarray, tolerance: float, rules: Rules = CLASSES
+) -> Pair:
+    """How many decisions (classes of images) differ in two results (N, K). One is no evidence, unless none may be."""
+    alike = rules.same(_rows(logits_a), _rows(logits_b))
+    same, moved = float(alike.mean()), int((~alike).sum())
+    passed = moved <= tolerance * alike.size or (moved == 1 and tolerance > 0)
     return {
         "a": a,
         "b": b,
         "top1_agreement": same,
         "sqnr_db": finite(sqnr_db(logits_a, logits_b)),
         "verdict": "PASS" if passed else "FAIL",
-        "reason": "" if passed else f"{a} and {b} differ in the class of {1 - same:.1%} of images",
+        "reason": "" if passed else f"{a} and {b} differ in {rules.differing.format(f'{1 - same:.1%}')}",
     }
 
 
-def compare_steps(a: str, b: str, steps_a: np.ndarray, steps_b: np.ndarray, tolerance_lsb: int) -> Pair:
+def compare_steps(
+    a: str, b: str, steps_a: np.ndarray, steps_b: np.ndarray, tolerance_lsb: int, rules: Rules = CLASSES
+) -> Pair:
     """How far two int8 results (N, K) are apart, as whole numbers of the output's grid."""
     difference = np.abs(steps_a.astype(np.int64) - steps_b.astype(np.int64))
     largest = int(difference.max())
@@ -43,7 +49,7 @@ def compare_steps(a: str, b: str, steps_a: np.ndarray, steps_b: np.ndarray, tole
         "differing": int((difference > 0).sum()),
         "max_lsb": largest,
         "histogram": histogram(difference),
-        "top1_agreement": top1_agreement(steps_a, steps_b),
+        "top1_agreement": agreement(rules, steps_a, steps_b),
         "worst_image": int(per_image(difference).argmax()),
         "images_beyond": len(difference) if no_numbers else int((per_image(difference) > tolerance_lsb).sum()),
         "verdict": "PASS" if passed else "FAIL",
@@ -51,7 +57,9 @@ def compare_steps(a: str, b: str, steps_a: np.ndarray, steps_b: np.ndarray, tole
     }
 
 
-def compare_floats(a: str, b: str, logits_a: np.ndarray, logits_b: np.ndarray, tolerance: float) -> Pair:
+def compare_floats(
+    a: str, b: str, logits_a: np.ndarray, logits_b: np.ndarray, tolerance: float, rules: Rules = CLASSES
+) -> Pair:
     """How far two float results (N, K) are apart, relative to the largest logit of `a`."""
     difference = np.nan_to_num(np.abs(logits_a - logits_b), nan=HUGE, posinf=HUGE)
     largest = float(difference.max())
@@ -63,16 +71,11 @@ def compare_floats(a: str, b: str, logits_a: np.ndarray, logits_b: np.ndarray, t
         "logits": int(logits_a.size),
         "max_abs": largest,
         "max_relative": relative,
-        "top1_agreement": top1_agreement(logits_a, logits_b),
+        "top1_agreement": agreement(rules, logits_a, logits_b),
         "worst_image": int(per_image(difference).argmax()),
         "verdict": "PASS" if passed else "FAIL",
         "reason": "" if passed else f"{a} and {b} differ by {relative:.2g} of the largest logit, allowed {tolerance:g}",
     }
-
-
-def top1_agreement(logits_a: np.ndarray, logits_b: np.ndarray) -> float:
-    """Part of the images for which both have their largest logit in the same place; ties go to the lower index."""
-    return float((_rows(logits_a).argmax(1) == _rows(logits_b).argmax(1)).mean())
 
 
 def sqnr_db(exact: np.ndarray, rounded: np.ndarray) -> float:

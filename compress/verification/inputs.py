@@ -6,13 +6,15 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-from pydantic import ValidationError
 
-from compress.data.folder import Tree, decode, open_tree
+from compress.data.decoding import decode
 from compress.data.pixels import pixels
+from compress.data.trees import Tree, open_tree
 from compress.errors import DataError
+from compress.formats.metadata import preprocess_of, task_said
 from compress.product import Data, Preprocess
 from compress.verification.ncnn_file import NcnnFile
 from compress.verification.onnx_file import OnnxFile
@@ -75,14 +77,15 @@ def for_files(
     preprocess, note = _preprocess(files, shape)
     if images is None:
         return _synthetic(shape, preprocess, limit or SYNTHETIC, seed, note)
-    if len(shape) != 3 or shape[0] != 3 or shape[1] != shape[2]:
-        raise DataError(images, f"the files want inputs of shape {shape}, no square RGB images", "give a .npy of them")
+    if len(shape) != 3 or shape[0] not in (1, 3) or shape[1] != shape[2]:
+        problem = f"the files want inputs of shape {shape}, no square RGB or grey images"
+        raise DataError(images, problem, "give a .npy of them")
     return _of_folder(images, preprocess, limit, files[0].metadata, outputs, note)
 
 
 def channels_first(shape: tuple[int, ...]) -> tuple[int, ...]:
     """HWC to CHW, where the last axis is the shortest."""
-    if len(shape) == 3 and shape[2] < min(shape[:2]) and shape[0] != 3:
+    if len(shape) == 3 and shape[2] < min(shape[:2]) and shape[0] not in (1, 3):
         return (shape[2], shape[0], shape[1])
     return shape
 
@@ -93,6 +96,8 @@ def _of_array(path: Path, shape: tuple[int, ...], limit: int | None) -> Inputs:
     except (OSError, ValueError, EOFError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(path, f"not a .npy file of images ({reason})", "save one float32 array (N, ...)") from error
+    if not isinstance(array, np.ndarray):
+        raise DataError(path, "not a .npy file of images but an archive", "save one float32 array (N, ...)")
     if array.ndim != len(shape) + 1 or not len(array) or array.dtype.kind not in "fiu":
         raise DataError(path, f"holds {array.dtype} {array.shape}, wanted real numbers (N, {_shown(shape)})")
     order: tuple[int, ...] = tuple(range(array.ndim))
@@ -150,6 +155,8 @@ def _labels(
     names: Sequence[str], classes: Sequence[str], metadata: dict[str, str], outputs: int
 ) -> tuple[np.ndarray | None, str]:
     """int64 (N,), or None and why accuracy cannot be told."""
+    if (task := task_said(metadata)) != "classification":
+        return None, f"the files are for {task}, and folders do not say what is right there: no score is measured"
     if not classes:
         return None, "the images lie in no class folders, so no accuracy is measured"
     depth = 1 if names[0].split("/")[0] in SPLITS else 0
@@ -171,18 +178,14 @@ def _preprocess(files: Sequence[OnnxFile | TFLiteFile | NcnnFile], shape: tuple[
     """From pixels to real numbers: as the files say, else over the range of an input grid, else 0 to 1."""
     size = shape[-1] if len(shape) == 3 and shape[1] == shape[2] and shape[1] >= 8 else 8
     for file in files:
-        try:
-            said = json.loads(file.metadata["compress.preprocess"])
-            return Preprocess.model_validate_json(
-                json.dumps({key: said[key] for key in ("size", "mean", "std", "crop")})
-            ), ""
-        except (KeyError, ValueError, TypeError, ValidationError):
-            continue
+        if (said := preprocess_of(file.metadata)) is not None:
+            return said, ""
     grid = next((file.input_grid for file in files if file.input_grid is not None), None)
     low, high, why = (0.0, 1.0, "as no file says") if grid is None else (grid.low, grid.high, "the input grid's range")
     span = high - low
     mean, std = -low / span, 1 / span
-    preprocess = Preprocess(size=size, mean=(mean,) * 3, std=(std,) * 3, crop=1.0)
+    channels: Literal[1, 3] = 1 if shape[0] == 1 else 3
+    preprocess = Preprocess(size=size, channels=channels, mean=(mean,) * channels, std=(std,) * channels, crop=1.0)
     return preprocess, f"inputs lie between {low:g} and {high:g}: {why}"
 
 

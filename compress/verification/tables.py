@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from compress.tasks import Rules, task_of
 from compress.verification.differences import Pair
 from compress.verification.facts import short
 from compress.verification.layers import LayerComparison
@@ -36,22 +37,27 @@ def tables(verification: Verification) -> list[Rows]:
 
 
 def _files(verification: Verification) -> Rows:
-    labelled = any("accuracy" in file for file in verification.files.values())
+    labelled, rules = any("accuracy" in file for file in verification.files.values()), task_of(verification.task)
     rows = [
         (
             name,
             file["kind"],
             f"{file['runtime']} {file['version']}",
-            *((f"{100 * file['accuracy']:.2f}%",) if labelled else ()),
+            *((_score(file["accuracy"], rules),) if labelled else ()),
         )
         for name, file in verification.files.items()
     ]
-    columns = ("file", "kind", "runtime", *(("accuracy",) if labelled else ()))
+    columns = ("file", "kind", "runtime", *((rules.score_name,) if labelled else ()))
     return Rows(f"Files, on {verification.inputs}", columns, rows)
 
 
+def _score(value: float, rules: Rules) -> str:
+    return f"{100 * value:.2f}%" if rules.percent else f"{value:.4f}"
+
+
 def _outputs(verification: Verification) -> Rows:
-    columns = ("a", "b", "outputs differ", "how far", "top-1 agreement", "SQNR", "verdict")
+    same = "top-1 agreement" if verification.task == "classification" else "agreement"
+    columns = ("a", "b", "outputs differ", "how far", same, "SQNR", "verdict")
     rows = []
     for pair in (*verification.agreement, *verification.quantization):
         decibels = f"{pair['sqnr_db']:.1f} dB" if pair.get("sqnr_db") is not None else ""

@@ -14,23 +14,26 @@ import torch
 from torch import fx, nn
 
 from compress.errors import CompressError, ModelError, TargetError
+from compress.formats.metadata import task_said
+from compress.product import Task
 from compress.progress import Progress
 from compress.quantization import freeze
 from compress.targets.asking import by_name
+from compress.tasks import agreement, task_of
 from compress.verification import noise
 from compress.verification.differences import (
     Pair,
-    compare_classes,
+    compare_decisions,
     compare_floats,
     compare_steps,
     finite,
     per_image,
     sqnr_db,
-    top1_agreement,
 )
 from compress.verification.facts import Comparison, Facts, Grid, compare_facts, merged, short
 from compress.verification.inputs import Inputs, for_files
 from compress.verification.layers import LayerComparison, compare_layers
+from compress.verification.mistakes import confidence
 from compress.verification.ncnn_file import NcnnFile
 from compress.verification.onnx_file import OnnxFile
 from compress.verification.tflite_file import TFLiteFile
@@ -66,7 +69,7 @@ class Tolerances:
     """Part of the images, one at least, on which rounding that grows may pass `lsb`: where stored numbers are equal and
     every layer is right on its own."""
     top1: float = 0.02
-    """Part of the images whose class changes when weights become integers or float16."""
+    """Part of the decisions (classes of images) that change when weights become integers or float16."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Verification:
     images: int
     tolerances: Tolerances
     files: dict[str, dict[str, Any]]
-    """By name: kind, runtime, version, images, and accuracy where labels are known."""
+    """By name: kind, runtime, version, images, and `accuracy`, the task's score, where labels are known."""
     agreement: list[Pair]
     quantization: list[Pair]
     """Float against int8: not judged."""
@@ -88,8 +91,12 @@ class Verification:
     problems: list[str] = field(default_factory=list)
     """Why not PASS, the most telling first."""
     top1: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """The class of each image by file, (N,): what two runs are compared by, image by image. Not part of the report."""
+    """By file, what a score needs of its outputs: the class of each image, (N,), or in other tasks the outputs, (N, K).
+    Two runs are compared by it, image by image. Not part of the report."""
     labels_N: np.ndarray | None = None
+    task: Task = "classification"
+    confidence: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """What softmax gives that class, by file, (N,). Not part of the report."""
 
     @property
     def passed(self) -> bool:
@@ -111,6 +118,7 @@ class Verification:
             "tolerance_layer_lsb": self.tolerances.layer_lsb,
             "tolerance_float": self.tolerances.relative,
             "tolerance_top1": self.tolerances.top1,
+            "task": self.task,
             "inputs": self.inputs,
             "images": self.images,
             "verdict": self.verdict,
@@ -147,6 +155,26 @@ def verify_files(
     Raises CompressError for files that are no networks or not of one network, and for images that do not fit.
     """
     named = by_name(paths)
+    try:
+        with np.errstate(all="ignore"):  # a verdict says what is not finite, no warning beside it
+            return _verified(named, images, limit, threads, tolerances or Tolerances(), seed, progress)
+    except CompressError:
+        raise
+    except Exception as error:  # files that a runtime opens and whose parts contradict each other: no kind is missing
+        problem = "has parts that contradict each other, or needs more memory than there is"
+        said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise ModelError(", ".join(named), f"{problem} ({said})", "export it again") from error
+
+
+def _verified(
+    named: Mapping[str, Path],
+    images: Path | None,
+    limit: int | None,
+    threads: int,
+    tolerances: Tolerances,
+    seed: int,
+    progress: Progress,
+) -> Verification:
     files = _opened(named, threads)
     outputs = int(np.prod(next(iter(files.values())).model.outputs[0].shape))
     inputs = for_files(list(files.values()), images, limit, seed, outputs)
@@ -158,7 +186,9 @@ def verify_files(
             raise ModelError(
                 names[0], "nothing to compare it with", "give the .onnx or .tflite of the same kind as well"
             )
-    return _Verifier(files, kinds, inputs, tolerances or Tolerances(), progress).verify()
+    said = [task_said(file.metadata) for file in files.values()]
+    task: Task = next((task for task in said if task != "classification"), "classification")
+    return _Verifier(files, kinds, inputs, tolerances, progress, task=task).verify()
 
 
 def verify_product(
@@ -169,6 +199,7 @@ def verify_product(
     threads: int = 1,
     tolerances: Tolerances | None = None,
     progress: Progress,
+    task: Task = "classification",
 ) -> Verification:
     """Exported files (`int8.onnx`) compared with the torch networks they were written from, and with each other.
 
@@ -181,7 +212,8 @@ def verify_product(
     kinds: dict[str, list[str]] = {}
     for name in opened:
         kinds.setdefault(Path(name).stem, []).append(name)
-    return _Verifier(opened, kinds, inputs, tolerances or Tolerances(), progress, references, prepared, frozen).verify()
+    given = tolerances or Tolerances()
+    return _Verifier(opened, kinds, inputs, given, progress, references, prepared, frozen, task).verify()
 
 
 def _opened(files: Mapping[str, Path], threads: int, frozen: FrozenNetwork | None = None) -> dict[str, File]:
@@ -266,7 +298,9 @@ class _Verifier:
         references: Mapping[str, nn.Module | None] | None = None,
         prepared: fx.GraphModule | None = None,
         frozen: FrozenNetwork | None = None,
+        task: Task = "classification",
     ) -> None:
+        self.rules = task_of(task)
         self.files, self.kinds, self.inputs, self.tolerances = files, kinds, inputs, tolerances
         self.progress, self.references = progress, references
         self.prepared, self.frozen = prepared, frozen
@@ -311,8 +345,8 @@ class _Verifier:
             worst = max(pair["max_lsb"] for pair in grown)
             same = min(pair["top1_agreement"] for pair in grown)
             notes.append(
-                f"stored numbers are equal and no layer is wrong: outputs differ by rounding alone, {same:.1%} of the"
-                f" images get the same class, and `tolerance_lsb: {worst}` accepts that"
+                f"stored numbers are equal and no layer is wrong: outputs differ by rounding alone, in"
+                f" {self.rules.differing.format(f'{1 - same:.1%}')}, and `tolerance_lsb: {worst}` accepts that"
             )
         return Verification(
             inputs=self.inputs.about,
@@ -326,8 +360,10 @@ class _Verifier:
             noise=noise_found,
             notes=list(dict.fromkeys(notes)),
             problems=self._problems(agreement, static, layers),
-            top1={name: self.logits[name].argmax(1) for name in self.files},
+            top1={name: self.rules.kept(self.logits[name]) for name in self.files},
             labels_N=self.labels,
+            task=self.rules.name,
+            confidence={name: confidence(self.logits[name]) for name in self.files},
         )
 
     # -- outputs
@@ -386,7 +422,7 @@ class _Verifier:
                     "images": self.inputs.count,
                 }
                 if self.labels is not None:
-                    facts["accuracy"] = float((self.logits[name].argmax(1) == self.labels).mean())
+                    facts["accuracy"] = self.rules.score(self.rules.kept(self.logits[name]), self.labels)
                 found[name] = facts
         return {name: found[name] for name in self.files}
 
@@ -402,22 +438,29 @@ class _Verifier:
                 names = ([FROZEN] if self.frozen is not None else []) + names
                 lsb = self._lsb(names)
                 if self.frozen is not None:
-                    trained = compare_classes(
-                        TRAINED, FROZEN, np.rint(logits[TRAINED] / lsb), np.rint(logits[FROZEN] / lsb), tolerances.top1
+                    trained = compare_decisions(
+                        TRAINED,
+                        FROZEN,
+                        np.rint(logits[TRAINED] / lsb),
+                        np.rint(logits[FROZEN] / lsb),
+                        tolerances.top1,
+                        self.rules,
                     )
                     found.append(trained | {"kind": kind})
                 for a, b in combinations(names, 2):
                     steps_a, steps_b = _steps(logits[a], lsb), _steps(logits[b], lsb)
-                    pair = compare_steps(a, b, steps_a, steps_b, tolerances.lsb) | {"kind": kind, "lsb": lsb}
+                    pair = compare_steps(a, b, steps_a, steps_b, tolerances.lsb, self.rules)
+                    pair |= {"kind": kind, "lsb": lsb}
                     if b in self.lone:  # other kernels of one file are no second opinion on its outputs
                         pair |= {"verdict": "PASS", "reason": ""}
                     found.append(pair)
                 continue
             for a, b in combinations(names, 2):
-                found.append(compare_floats(a, b, logits[a], logits[b], tolerances.relative) | {"kind": kind})
+                pair = compare_floats(a, b, logits[a], logits[b], tolerances.relative, self.rules)
+                found.append(pair | {"kind": kind})
             if kind in WEIGHT_ONLY and exact is not None:
                 for name in files:
-                    pair = compare_classes(exact, name, logits[exact], logits[name], tolerances.top1)
+                    pair = compare_decisions(exact, name, logits[exact], logits[name], tolerances.top1, self.rules)
                     if self.inputs.synthetic:
                         pair |= {"verdict": "PASS", "reason": ""}
                     found.append(pair | {"kind": kind})
@@ -446,7 +489,7 @@ class _Verifier:
                 {
                     "a": other,
                     "b": name,
-                    "top1_agreement": top1_agreement(self.logits[other], self.logits[name]),
+                    "top1_agreement": agreement(self.rules, self.logits[other], self.logits[name]),
                     "sqnr_db": finite(sqnr_db(self.logits[other], self.logits[name])),
                 }
             )

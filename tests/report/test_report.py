@@ -15,6 +15,7 @@ import pytest
 
 from compress.errors import CompressError
 from compress.report import read_report, summary_rows, wording, write_report
+from compress.report.stages import key_settings
 
 Reported = Callable[[str], tuple[dict[str, Any], str, str]]
 
@@ -275,7 +276,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Reported:
 class Page(HTMLParser):
     """What a reader sees of a page, what it refers to, and whether its elements close."""
 
-    VOID = frozenset({"meta", "br", "link", "img", "hr"})
+    VOID = frozenset({"meta", "br", "link", "img", "hr", "input"})
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -308,7 +309,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
+        if not {"style", "nav"} & set(self.open):
             self.words.append(data)
 
 
@@ -669,8 +670,8 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
         (wording.points(0.0042), "+0.4 points"),
         (wording.points(-0.0001), "0.0 points"),
         (wording.points(None), "not measured"),
-        (wording.lost(-0.0001), "less than 0.1 points lost"),
-        (wording.lost(0.0), "accuracy unchanged"),
+        (wording.Score().lost(-0.0001), "less than 0.1 points lost"),
+        (wording.Score().lost(0.0), "accuracy unchanged"),
         (wording.faster(0.5), "2.0× slower"),
         (wording.faster(1.04), "4% faster"),
         (wording.faster(1.02, (0.99, 1.05)), "no measurable change in speed"),
@@ -686,3 +687,31 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
 )
 def test_figures_in_words(said: str, expected: str) -> None:
     assert said == expected
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "expected"),
+    [
+        ("train", {"lr": 0.05, "epochs": 8, "batch_size": 64, "ema": None, "only": []},
+         "epochs 8, lr 0.05, batch size 64"),
+        ("prune", {"steps": 3, "goal": {"macs": 0.25, "params": None}, "criterion": {"use": "taylor"}, "round_to": 16},
+         "goal macs 0.25, taylor, round to 16, steps 3"),
+        ("distill", {"losses": [{"use": "kd", "weight": 0.9}, {"use": "fitnets"}], "teacher": {"use": "parent"}},
+         "parent, kd × 0.9 + fitnets"),
+        ("load", {"use": "mobilenet_v2", "weights": "a.safetensors"}, ""),
+        ("export", {}, ""),
+    ],
+)  # fmt: skip
+def test_the_most_telling_settings_of_a_stage_in_a_few_words(
+    stage: str, settings: dict[str, Any], expected: str
+) -> None:
+    assert key_settings(stage, settings) == expected
+
+
+def test_every_stage_says_whether_it_ran_and_what_was_asked(tmp_path: Path) -> None:
+    write_run(tmp_path, WHOLE)
+    break_manifest(tmp_path, "train", {"settings": {"use": "train", "epochs": 8}, "resumed": True})
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8")).text
+    assert "12.3 s taken from an earlier run, 2026-11-21 10:02 UTC epochs 8" in page
+    assert re.search(r"02-prune 97\.5% → 61\.4% .{0,90} 24\.7 s ran", page)
+    assert "| taken from an earlier run, 2026-11-21 10:02 UTC | epochs 8 |" in (tmp_path / "report.md").read_text()

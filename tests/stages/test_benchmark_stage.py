@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from compress.errors import TargetError
 from compress.product import Network, Product, Run, Structure
-from compress.report import folder
+from compress.report import parts
 from compress.report.board import board
 from compress.stages import benchmark
 from compress.stages.benchmark import Benchmark, Kept, agreement, difference
@@ -410,7 +410,7 @@ def test_the_report_reads_what_the_stage_measured(exported: Product, stage: Run,
     boards(Board())
     settings = short(rounds=1, runs=1, runtimes=("litert",), accuracy_images=3, sustained_minutes=0.01)
     metrics = json.loads(json.dumps(settings.apply(exported, on_board(stage)).metrics, allow_nan=False))
-    read = board(folder.Benchmark.model_validate(metrics))
+    read = board(parts.Benchmark.model_validate(metrics))
     assert [(sample["file"], sample["equal"]) for sample in read["accuracy"]] == [
         ("parent.tflite", True),
         ("int8.tflite", True),
@@ -448,7 +448,7 @@ def test_an_emulated_core_computes_and_is_counted_and_is_never_timed(exported: P
         assert count["repeat_instructions"] == pytest.approx(count["instructions"], rel=1e-3)
     assert not {name for name in names_in(metrics) if name.endswith(("_ms", "_s")) or "fps" in name}
     assert metrics["rows"] == metrics["pairs"] == []
-    read = board(folder.Benchmark.model_validate(json.loads(json.dumps(metrics, allow_nan=False))))
+    read = board(parts.Benchmark.model_validate(json.loads(json.dumps(metrics, allow_nan=False))))
     assert read["title"] == "The emulated cores"
     assert {count["file"] for count in read["counts"]} == files
     assert read["mlperf"] == ""

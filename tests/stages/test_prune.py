@@ -106,6 +106,9 @@ class Images:
     labels = ("a", "b", "c", "d")
     fingerprint = ""
     channels_last = True
+    task = "classification"
+    scale = None
+    label_weights = None
 
     def __init__(self, size: int) -> None:
         self.preprocess = Preprocess(size=size)
@@ -130,6 +133,9 @@ class Notes:
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+    def event(self, kind: str, **facts: object) -> None:
+        pass
 
     @contextmanager
     def steps(self, label: str, total: int) -> Iterator[Callable[[str], None]]:
