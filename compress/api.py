@@ -1,6 +1,8 @@
-"""The package in a notebook: open data and networks, prune, teach, save. Settings are those of a recipe.
+"""The package in a notebook: run recipes; open data and networks, prune, teach, save. Settings are those of a recipe.
 
 from compress import api
+
+api.run("recipes/mobilenetv2_arm.yaml", "seed=1")
 
 data = api.data("photographs.zip", size=96)
 parent = api.load("runs/mine/stages/01-train/network")
@@ -12,6 +14,7 @@ api.save(student, "student")
 from __future__ import annotations
 
 import json
+import shlex
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,12 +25,15 @@ from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
 from compress import checkpoint, measures
+from compress import recipe as recipes
 from compress.data import DataSettings, open_data
-from compress.errors import RecipeError
+from compress.errors import DataError, GateError, RecipeError
+from compress.pipeline import run_recipe
 from compress.product import Data, Network, Preprocess, Product, Run
 from compress.progress import Progress, RichProgress
 from compress.recipe.explain import explain
 from compress.recipe.words import dotted
+from compress.report import write_report
 from compress.settings import Settings
 from compress.stages.distill import Distill
 from compress.stages.prune import Prune
@@ -52,6 +58,26 @@ def data(path: str | Path | None = None, *, progress: Progress | None = None, **
     return open_data(chosen.data, chosen.preprocess, progress or _progress(), Path.cwd())
 
 
+def run(
+    recipe: str | Path, *overrides: str, folder: str | Path | None = None, progress: Progress | None = None
+) -> Path:
+    """The folder of the recipe's run, finished and with its report; as `compress run` with the same words.
+
+    `overrides` are `"stages.train.epochs=3"`; relative paths start at the current directory. Stages that are done and
+    unchanged are not run again. Raises CompressError, GateError where a stage's verdict is FAIL.
+    """
+    loaded = recipes.load(Path(recipe), overrides)
+    place = Path("runs") / loaded.name if folder is None else Path(folder)
+    command = shlex.join(["compress", "run", str(recipe), *overrides, "--out", str(place)])
+    try:
+        run_recipe(loaded, place, progress or _progress(), command=command, base=Path.cwd())
+    except GateError:  # the report shows what failed
+        write_report(place)
+        raise
+    write_report(place)
+    return place
+
+
 def load(folder: str | Path) -> Network:
     """The network in a folder that `save` or a run wrote. Raises ModelError."""
     return checkpoint.load(Path(folder))
@@ -62,9 +88,16 @@ def save(network: Network, folder: str | Path) -> None:
     checkpoint.save(network, Path(folder))
 
 
+def score(network: Network, data: Data) -> float:
+    """What the task is judged by, on the evaluation split: top-1 accuracy, mean average precision, or R2; 1 is best."""
+    return measures.score(network.module, data.batches("evaluation", batch_size=64), torch.device("cpu"), data.task)
+
+
 def accuracy(network: Network, data: Data) -> float:
-    """Top-1 accuracy in [0, 1] on the evaluation split."""
-    return measures.accuracy(network.module, data.batches("evaluation", batch_size=64), torch.device("cpu"))
+    """Top-1 accuracy in [0, 1] on the evaluation split. Raises DataError where images have no class."""
+    if data.task != "classification":
+        raise DataError("data", f"are for {data.task}, where there is no accuracy", "ask `score`")
+    return score(network, data)
 
 
 def prune(
@@ -89,7 +122,7 @@ def distill(
 
 def _applied(stage: Prune | Distill, product: Product, data: Data, seed: int, progress: Progress | None) -> Network:
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(
+        surroundings = Run(
             folder=Path(folder),
             data=data,
             device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
@@ -99,7 +132,7 @@ def _applied(stage: Prune | Distill, product: Product, data: Data, seed: int, pr
             stage=stage.use,
         )
         torch.manual_seed(seed)
-        return stage.apply(product, run).network
+        return stage.apply(product, surroundings).network
 
 
 def _checked(kind: type[S], settings: Mapping[str, Any]) -> S:

@@ -187,7 +187,7 @@ def test_a_wrong_option_is_told_without_a_traceback(place):
 def test_check_says_what_would_run_and_runs_nothing(place):
     done = compress("check", "recipe.yaml", cwd=place)
     assert done.returncode == 0
-    assert [line.split()[1].rstrip(":") for line in done.stdout.splitlines()[1:8]] == [
+    assert [line.split()[1].rstrip(":") for line in done.stdout.splitlines()[2:9]] == [
         *("train", "prune", "distill", "quantize", "export", "verify", "benchmark"),
     ]
     assert not (place / "runs").exists()
