@@ -75,7 +75,7 @@ def observe(module: nn.Module, images_NCHW: Tensor, layers: Iterable[str] = ()) 
     return Answers(logits_NK, seen)
 
 
-def answers_to_blank(module: nn.Module, size: int, layers: Iterable[str] = ()) -> Answers:
+def answers_to_blank(module: nn.Module, size: int, layers: Iterable[str] = (), channels: int = 3) -> Answers:
     """The answers to one image of zeros, on the module's device, in eval mode and without a graph: for their shapes.
 
     The module's mode is afterwards what it was. Raises ModelError as `observe` does.
@@ -84,7 +84,7 @@ def answers_to_blank(module: nn.Module, size: int, layers: Iterable[str] = ()) -
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     try:
         with torch.no_grad():
-            return observe(module.eval(), torch.zeros(1, 3, size, size, device=device), layers)
+            return observe(module.eval(), torch.zeros(1, channels, size, size, device=device), layers)
     finally:
         module.train(was_training)
 
@@ -117,7 +117,7 @@ def _places(module: nn.Module) -> dict[str, nn.Module]:
     return {name: place for name, place in places.items() if name not in twice}
 
 
-def stage_ends(module: nn.Module, size: int) -> list[str]:
+def stage_ends(module: nn.Module, size: int, channels: int = 3) -> list[str]:
     """The last layer, or block of layers, before each halving of the image, and the last one of all.
 
     A block is the largest module within which the image gets smaller once at most. Maps of one pixel do not count.
@@ -144,7 +144,7 @@ def stage_ends(module: nn.Module, size: int) -> list[str]:
     for name, child in modules.items():
         watch(name, child)
     try:
-        answers_to_blank(module, size)
+        answers_to_blank(module, size, channels=channels)
     finally:
         for handle in handles:
             handle.remove()
@@ -163,7 +163,7 @@ def stage_ends(module: nn.Module, size: int) -> list[str]:
     return list(ends.values())
 
 
-def before_activations(module: nn.Module, size: int) -> list[str]:
+def before_activations(module: nn.Module, size: int, channels: int = 3) -> list[str]:
     """The layer in front of the last activation before each halving of the image, and of the last one of all.
 
     In front of it is the layer whose output goes into the activation as it is: not through a sum with a shortcut.
@@ -196,7 +196,7 @@ def before_activations(module: nn.Module, size: int) -> list[str]:
             watch(name, child)
     try:
         with Watched():
-            answers_to_blank(module, size)
+            answers_to_blank(module, size, channels=channels)
     finally:
         for handle in handles:
             handle.remove()

@@ -9,35 +9,60 @@ from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
 from compress.epochs import Epochs
+from compress.labels import Task
 from compress.progress import Progress
-from compress.settings import Settings
+from compress.settings import SEVERAL, Settings
 
-Triple = tuple[float, float, float]
-Positive3 = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+GREY: dict[str, Any] = {"mean": (0.449,), "std": (0.226,)}
+"""Where a network of one channel says no other: the averages of the three colours' defaults."""
 
 
 class Preprocess(Settings):
-    """From an RGB image to the network's input; written into every exported file, so a board feeds the same.
+    """From an image to the network's input; written into every exported file, so a board feeds the same.
 
-    The shorter side is resized to `size / crop` (bilinear, antialiased), the centre `size` x `size` cut out, and each
-    channel becomes `(pixel / 255 - mean) / std`.
+    The image is made RGB, or grey (ITU-R BT.601) for one channel; the shorter side is resized to `size / crop`
+    (antialiased), the centre `size` x `size` cut out, and each channel becomes `(pixel / 255 - mean) / std`.
     """
 
     size: int = Field(default=224, ge=8)
     """Side of the square input, in pixels."""
-    mean: Triple = (0.485, 0.456, 0.406)
-    """Per RGB channel, on pixels scaled to [0, 1]."""
-    std: Positive3 = (0.229, 0.224, 0.225)
-    """Per RGB channel, on pixels scaled to [0, 1]."""
+    channels: Literal[1, 3] = 3
+    """3: RGB; 1: grey."""
+    # Not strict: what a validator has looked at before is Python's to pydantic, where a list is no tuple.
+    mean: Annotated[tuple[float, ...], Field(strict=False)] = (0.485, 0.456, 0.406)
+    """One number per channel, on pixels scaled to [0, 1]; 0.449 where grey and not given."""
+    std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False)] = (0.229, 0.224, 0.225)
+    """One number per channel, on pixels scaled to [0, 1]; 0.226 where grey and not given."""
     crop: float = Field(default=0.875, gt=0, le=1)
     """Part of the resized shorter side that the evaluation crop keeps."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Pillow's, which average over all pixels that become one: as torchvision and timm resize."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _grey(cls, given: Any) -> Any:
+        return GREY | given if isinstance(given, dict) and given.get("channels") == 1 else given
+
+    @model_validator(mode="after")
+    def _one_number_per_channel(self) -> Preprocess:
+        wanted = "3 numbers, one for each of R, G and B" if self.channels == 3 else "1 number, as `channels` is 1"
+        wrong = [
+            ((name,), f"must have {wanted}, not {len(values)}")
+            for name, values in (("mean", self.mean), ("std", self.std))
+            if len(values) != self.channels
+        ]
+        if wrong:
+            text = "; ".join(f"{name}: {reason}" for (name,), reason in wrong)
+            raise PydanticCustomError(SEVERAL, "{text}", {"text": text, "mistakes": wrong})
+        return self
 
     def normalize(self, pixels_NHWC: np.ndarray) -> np.ndarray:
-        """uint8 (N, H, W, 3) to float32 of the same layout, in the operation order that every runtime is fed with."""
+        """uint8 (N, H, W, C) to float32 of the same layout, in the operation order that every runtime is fed with."""
         count, height, width, channels = pixels_NHWC.shape
         # Mean and std repeated along a row: numpy works on whole rows, 8 times faster than on three numbers at a time.
         rows = pixels_NHWC.reshape(count, height, width * channels).astype(np.float32)
@@ -55,6 +80,17 @@ class KeptChannels(Settings):
     groups: int | None = None
 
 
+class Scale(Settings):
+    """The unit of a regression's outputs: output = (number - mean) / std, of the numbers of the training images.
+
+    So outputs of very different sizes share one loss, one learning rate and one int8 grid; a board computes
+    `output * std + mean`.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[Annotated[float, Field(gt=0)], ...]
+
+
 class Structure(Settings):
     """How to build a network again without a pickle: the factory's arguments, the channels kept, fake quant."""
 
@@ -66,6 +102,10 @@ class Structure(Settings):
     """By module name; layers that pruning did not touch are absent."""
     quantize: dict[str, Any] | None = None
     """Settings of the fake quantization, or None for a float network."""
+    task: Task = "classification"
+    """What the outputs are."""
+    scale: Scale | None = None
+    """The unit of a regression's outputs."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +144,14 @@ class Product:
 
 
 NO_LABEL = -1
-"""The label of an image that has none; cross entropies ignore it."""
+"""The class of an image that has none; cross entropies ignore it. Numbers that are not known are NaN."""
+
+
+def labelled(labels_N: Tensor) -> Tensor:
+    """bool (N,): the images of a batch that have a label, whatever the task."""
+    if labels_N.is_floating_point():
+        return ~labels_N.isnan().flatten(1).any(1)
+    return labels_N != NO_LABEL
 
 
 @dataclass(frozen=True)
@@ -112,7 +159,8 @@ class Batch:
     images_NCHW: Tensor
     """float32, normalised; in memory as `Data.channels_last` says."""
     labels_N: Tensor
-    """int64; `NO_LABEL` where an image has none."""
+    """int64 (N,) classes, `NO_LABEL` where an image has none; for the other tasks float32 (N, K), of which a row is NaN
+    where the image has none: 0 or 1 of each label (multi_label), or numbers (regression)."""
     indices_N: Tensor | None = None
     """int64: which images of the split these are; None where the data does not number them."""
     view: int = 0
@@ -142,7 +190,22 @@ class Data(Protocol):
     """Two splits that share no image. Only `train` may shape the network (training, calibration, pruning scores)."""
 
     @property
-    def labels(self) -> tuple[str, ...]: ...
+    def task(self) -> Task: ...
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What the network's outputs are called: classes, labels or numbers."""
+        ...
+
+    @property
+    def scale(self) -> Scale | None:
+        """The unit of a regression's labels, which are standardised; None for the other tasks."""
+        ...
+
+    @property
+    def label_weights(self) -> tuple[float, ...] | None:
+        """What the labels' loss of each output is weighted with, where classes are balanced so; None weighs none."""
+        ...
 
     @property
     def preprocess(self) -> Preprocess: ...
@@ -183,7 +246,8 @@ class Data(Protocol):
 
         With `shuffle`, incomplete batches are dropped (never all of them: a split smaller than a batch gives a smaller
         one); without, every image comes exactly once. `limit` takes that many images, chosen by `seed` and spread
-        over the classes. With world_size > 1 each rank gets its own share, all ranks the same number of batches.
+        over the classes, or over what stands for them in another task. With world_size > 1 each rank gets its own
+        share, all ranks the same number of batches.
         """
         ...
 

@@ -163,7 +163,7 @@ class _Examination:
     programs: dict[str, Program] = field(default_factory=dict)
 
     def diagnosis(self, *, name: str, images: str, measure: bool, budget_s: float) -> Diagnosis:
-        layers = place_layers(self.module, self.preprocess.size)
+        layers = place_layers(self.module, self.preprocess.size, self.preprocess.channels)
         folded = self._try("float", lambda: fold_batchnorm(self.module))
         prepared = self._try("int8", lambda: self._prepared(self.stage)) if folded is not None else None
         self._export(prepared)
@@ -188,7 +188,7 @@ class _Examination:
             input_size=self.preprocess.size,
             images=images,
             params=sum(parameter.numel() for parameter in self.module.parameters()),
-            macs=measures.macs(self.module, self.preprocess.size),
+            macs=measures.macs(self.module, self.preprocess.size, self.preprocess.channels),
             risks=tuple(sorted(found, key=lambda risk: -risk.severity)),
             runtimes=tuple(kernels(p) for file, p in self.programs.items() if file.startswith("int8.")),
             files=tuple(

@@ -14,7 +14,7 @@ from compress import recipe as recipes
 from compress.data import open_data
 from compress.doctor.diagnosis import PTQ, Diagnosis, examine
 from compress.errors import DataError, ModelError
-from compress.models import build, check, load_weights
+from compress.models import build, started
 from compress.models.factory import Factory, find, importable
 from compress.models.head import output_classes
 from compress.product import Batch, Preprocess
@@ -29,6 +29,7 @@ PIXELS = 16 * 96**2
 """Of a batch: damage runs the network once per layer on it, which is to take seconds."""
 CLASSES = 10
 """Of a recipe's network whose data cannot be read."""
+NO_CLASSES = "outputs are no classes here: go by SQNR; divergence and changed classes say nothing"
 SYNTHETIC = "what is said of activations and damage holds for seeded noise, not for photographs"
 RANDOM = "the weights are random: what is said of weights, activations and damage says little of a trained network"
 OWN_WEIGHTS = (
@@ -82,17 +83,16 @@ def from_recipe(path: Path, overrides: Sequence[str], progress: Progress, *, bas
         batch = next(iter(data.batches("train", batch_size=count, shuffle=True, limit=count, seed=recipe.seed)))
         images_NCHW, classes = batch.images_NCHW.contiguous(), len(data.labels)
         images = f"{len(images_NCHW)} training images"
+        if data.task != "classification":
+            notes.append(NO_CLASSES)
     except DataError as error:
         notes.append(f"the recipe's data cannot be read ({error}); {CLASSES} classes assumed")
         notes.append(SYNTHETIC)
         images_NCHW, classes = synthetic(preprocess, recipe.seed), CLASSES
         images = f"{len(images_NCHW)} synthetic images"
     torch.manual_seed(recipe.seed)
-    module = build(recipe.model, classes, preprocess.size, progress)
-    check(module, num_classes=classes, input_size=preprocess.size, place=recipe.model.use)
-    if recipe.model.weights:
-        load_weights(module, base / Path(recipe.model.weights).expanduser(), progress)
-    else:
+    module = started(recipe.model, classes, preprocess, progress, base)
+    if not recipe.model.weights:
         notes.append(OWN_WEIGHTS if isinstance(recipe.model, Factory) else RANDOM)
     module, news = _with_statistics(module, images_NCHW)
     notes += news
@@ -180,8 +180,8 @@ def batch_of(size: int) -> int:
 def synthetic(preprocess: Preprocess, seed: int = 0) -> Tensor:
     """Images of soft blots and fine noise over the whole range of pixels, normalised; the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
-    size, count = preprocess.size, batch_of(preprocess.size)
-    blots = F.interpolate(torch.rand(count, 3, 6, 6, generator=generator), (size, size), mode="bicubic")
-    pixels = (blots + 0.1 * torch.randn(count, 3, size, size, generator=generator)).clamp(0, 1)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocess.mean, preprocess.std))
+    size, channels, count = preprocess.size, preprocess.channels, batch_of(preprocess.size)
+    blots = F.interpolate(torch.rand(count, channels, 6, 6, generator=generator), (size, size), mode="bicubic")
+    pixels = (blots + 0.1 * torch.randn(count, channels, size, size, generator=generator)).clamp(0, 1)
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (preprocess.mean, preprocess.std))
     return (pixels - mean) / std

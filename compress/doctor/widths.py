@@ -140,7 +140,7 @@ class Placed:
     macs: int
 
 
-def place_layers(module: nn.Module, input_size: int) -> list[Placed]:
+def place_layers(module: nn.Module, input_size: int, channels: int = 3) -> list[Placed]:
     """Every convolution and linear layer with the size of what it reads, in the order of execution."""
     found: dict[str, Placed] = {}
     handles = []
@@ -160,7 +160,7 @@ def place_layers(module: nn.Module, input_size: int) -> list[Placed]:
     was_training = module.training
     try:
         with torch.no_grad():
-            module.eval()(torch.zeros(1, 3, input_size, input_size))
+            module.eval()(torch.zeros(1, channels, input_size, input_size))
     finally:
         for handle in handles:
             handle.remove()

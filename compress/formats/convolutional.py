@@ -54,15 +54,17 @@ class NotInTableError(Exception):
     """An operator that torch.onnx has to write."""
 
 
-def frozen_model(frozen: Frozen, input_size: int) -> onnx.ModelProto:
+def frozen_model(frozen: Frozen, input_size: int, channels: int = 3) -> onnx.ModelProto:
     """The frozen network as QDQ ONNX, named as `int8_onnx` says. Raises NotInTableError."""
     names = {node: f"{node.name}/exact" for node in frozen.module.graph.nodes}
-    return _Writer(frozen.module, names, frozen.integers).model(input_size)
+    return _Writer(frozen.module, names, frozen.integers).model(input_size, channels)
 
 
-def float_model(graph_module: fx.GraphModule, names: dict[fx.Node, str], input_size: int) -> onnx.ModelProto:
+def float_model(
+    graph_module: fx.GraphModule, names: dict[fx.Node, str], input_size: int, channels: int = 3
+) -> onnx.ModelProto:
     """A float network whose shapes were propagated, with `names` of its values. Raises NotInTableError."""
-    return _Writer(graph_module, names, {}).model(input_size)
+    return _Writer(graph_module, names, {}).model(input_size, channels)
 
 
 class _Writer(fx.Interpreter):
@@ -76,10 +78,10 @@ class _Writer(fx.Interpreter):
         self.constants: dict[str, np.ndarray] = {}
         self.current: fx.Node
 
-    def model(self, size: int) -> onnx.ModelProto:
+    def model(self, size: int, channels: int) -> onnx.ModelProto:
         with torch.no_grad():
             self.run("image")
-        ends = [("image", [1, 3, size, size]), ("logits", list(self.ends[0].meta["tensor_meta"].shape))]
+        ends = [("image", [1, channels, size, size]), ("logits", list(self.ends[0].meta["tensor_meta"].shape))]
         infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in ends]
         weights = [numpy_helper.from_array(array, name) for name, array in self.constants.items()]
         graph = helper.make_graph(self.nodes, "main_graph", infos[:1], infos[1:], weights)

@@ -26,41 +26,42 @@ from compress.quantization import Frozen, Grid, Integers
 from compress.quantization.names import named, value_names
 
 
-def float_onnx(module: nn.Module, input_size: int, metadata: Mapping[str, str]) -> onnx.ModelProto:
-    """The network as float32 ONNX: input `image` (1, 3, size, size), output `logits` (1, K).
+def float_onnx(module: nn.Module, input_size: int, metadata: Mapping[str, str], channels: int = 3) -> onnx.ModelProto:
+    """The network as float32 ONNX: input `image` (1, channels, size, size), output `logits` (1, K).
 
     Values of an fx graph are named for the layer that made them, as in the int8 file.
     Raises ModelError where torch.onnx cannot translate the network.
     """
     if not isinstance(module, fx.GraphModule):
-        return _finish(_export(module, input_size), metadata)
+        return _finish(_export(module, input_size, channels), metadata)
     with contextlib.suppress(NotInTableError):
         shaped = copy.deepcopy(module)
-        ShapeProp(shaped).propagate(torch.zeros(1, 3, input_size, input_size))
-        return _described(float_model(shaped, value_names(shaped), input_size), metadata)
+        ShapeProp(shaped).propagate(torch.zeros(1, channels, input_size, input_size))
+        return _described(float_model(shaped, value_names(shaped), input_size, channels), metadata)
     layers = named(module)
-    model = _export(layers.module, input_size)
+    model = _export(layers.module, input_size, channels)
     _name_values(model, layers.values)
     return _finish(model, metadata)
 
 
-def int8_onnx(frozen: Frozen, input_size: int, metadata: Mapping[str, str]) -> onnx.ModelProto:
+def int8_onnx(frozen: Frozen, input_size: int, metadata: Mapping[str, str], channels: int = 3) -> onnx.ModelProto:
     """The frozen network as QDQ ONNX: uint8 activations, int8 weights per output channel, int32 biases.
 
     Quantized tensors are named for the layer that made them (`features.0.0`), so that runtimes can be compared layer by
     layer. Input and output stay float32.
     """
     with contextlib.suppress(NotInTableError):
-        return _described(frozen_model(frozen, input_size), metadata)
-    model = _export(frozen.module, input_size)
+        return _described(frozen_model(frozen, input_size, channels), metadata)
+    model = _export(frozen.module, input_size, channels)
     _name_grids(model, frozen.grids())
+    _share_nothing(model)
     for layer, integers in frozen.integers.items():
         _store_integers(model, layer, integers)
     return _finish(model, metadata)
 
 
-def _export(module: nn.Module, input_size: int) -> ir.Model:
-    image = torch.zeros(1, 3, input_size, input_size)
+def _export(module: nn.Module, input_size: int, channels: int) -> ir.Model:
+    image = torch.zeros(1, channels, input_size, input_size)
     try:
         with _quiet():
             program = torch.onnx.export(
@@ -150,6 +151,20 @@ def _constant(value: ir.Value | None) -> Any:
     assert value is not None
     assert value.const_value is not None
     return value.const_value.numpy()
+
+
+def _share_nothing(model: ir.Model) -> None:
+    """Gives each layer a weight and bias of its own: the exporter keeps one for layers whose numbers are the same."""
+    for name, value in list(model.graph.initializers.items()):
+        kind = name.rpartition(".")[2]
+        for node in list(value.consumers()) if kind in ("weight", "bias") else ():
+            scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+            own = f"{scopes[-2]}.{kind}" if len(scopes) > 1 else name
+            if own == name or own in model.graph.initializers:
+                continue
+            copied = ir.Value(name=own, shape=value.shape, type=value.type, const_value=value.const_value)
+            model.graph.register_initializer(copied)
+            node.replace_input_with(list(node.inputs).index(value), copied)
 
 
 def _store_integers(model: ir.Model, layer: str, integers: Integers) -> None:

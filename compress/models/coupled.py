@@ -6,8 +6,11 @@ is tied to its input; where two are concatenated, each ties another part of what
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,12 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import ModelError
-from compress.models.structure import SLICEABLE, swap_sides
+from compress.models.structure import SLICEABLE, resize, sizes, swap_sides
+from compress.product import KeptChannels
 
 Side = Literal["outputs", "inputs"]
+UNFOLLOWED = "what is done with them on their way is beyond the rules that would take some of them out"
+MOST_PLACES = 200_000
+"""Of the values that one set of channels may become on its way: VGG-16 flattens 512 channels into 25,088; each of the
+reshapes of Swin multiplies them once more."""
+RIGHT = 1e-6
+"""Of the largest output, in float64."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Coupled:
     """Units of channels: any of them may go, and with it goes its row of every entry of `places`."""
 
@@ -31,6 +41,11 @@ class Coupled:
     @property
     def units(self) -> int:
         return next(iter(self.places.values())).shape[0]
+
+    @property
+    def name(self) -> str:
+        """Of its first producer."""
+        return next(iter([*self.producers, next(iter(self.places))[0]]))
 
     @property
     def producers(self) -> list[str]:
@@ -52,7 +67,8 @@ def find_coupled(module: nn.Module, input_size: int, channels: int = 3) -> tuple
     was_training = module.training
     try:
         module.requires_grad_(True)
-        with torch.enable_grad():
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it gives up following, and what it makes of that is tried below
             graph = torch_pruning.DependencyGraph().build_dependency(
                 module,
                 # In a tuple: a bare tensor is first tried as `module(*images)`, which some networks accept.
@@ -73,7 +89,10 @@ def find_coupled(module: nn.Module, input_size: int, channels: int = 3) -> tuple
             parameter.requires_grad_(requires_grad)
     found: list[Coupled] = []
     whole: list[str] = []
-    for group in graph.get_all_groups(root_module_types=[nn.Conv2d, nn.ConvTranspose2d, nn.Linear]):
+    for layer, group in _groups(graph):
+        if group is None:
+            whole.append(f"{names[layer]} keeps all its channels: {UNFOLLOWED}")
+            continue
         if any(isinstance(item.dep.target.module, torch_pruning.ops._OutputOp) for item in group):
             continue
         root = names[group[0].dep.target.module]
@@ -87,7 +106,156 @@ def find_coupled(module: nn.Module, input_size: int, channels: int = 3) -> tuple
             whole.append(
                 f"{root} keeps all its channels: a grouped convolution reads them from layers of different kinds"
             )
-    return found, whole
+    right = _right(module, [coupled for coupled in found if _in_range(coupled, module)], input_size, channels)
+    whole += [f"{coupled.name} keeps all its channels: {UNFOLLOWED}" for coupled in found if coupled not in right]
+    return right, list(dict.fromkeys(whole))
+
+
+def without(module: nn.Module, gone: Mapping[tuple[str, Side], set[int]]) -> dict[str, KeptChannels]:
+    """What every layer keeps when the channels in `gone` go; untouched layers are absent."""
+    kept: dict[str, KeptChannels] = {}
+    for name, layer in module.named_modules():
+        sides = gone.get((name, "outputs")), gone.get((name, "inputs"))
+        if not any(sides):
+            continue
+        outputs, inputs = (
+            tuple(index for index in range(size) if index not in side) if side else None
+            for size, side in zip(sizes(name, layer), sides, strict=True)
+        )
+        if depthwise(layer) and outputs is not None:
+            kept[name] = KeptChannels(outputs=outputs, inputs=outputs, groups=len(outputs))
+        else:
+            kept[name] = KeptChannels(outputs=outputs, inputs=inputs)
+    return kept
+
+
+def _in_range(coupled: Coupled, module: nn.Module) -> bool:
+    """Whether all layers have the channels that they are said to have."""
+    for (name, side), channels_UC in coupled.places.items():
+        width = sizes(name, module.get_submodule(name))[0 if side == "outputs" else 1]
+        if int(channels_UC.max()) >= width or len(set(channels_UC.flatten().tolist())) < channels_UC.numel():
+            return False
+    return True
+
+
+def _right(module: nn.Module, sets: Sequence[Coupled], input_size: int, channels: int) -> list[Coupled]:
+    """Those whose channels are tied as they say: without half of them, the network computes what it does when nothing
+    reads them.
+
+    A graph of operators is followed by rules that do not know them all: a slice, a shuffle of channels, heads.
+    """
+    copied = copy.deepcopy(module).eval().cpu()
+    copied.requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, channels, input_size, input_size, generator=generator)
+    with contextlib.suppress(Exception):  # float64 tells rounding from a wrong channel, where the network allows it
+        with torch.no_grad():
+            copied.double()(image.double())
+        image = image.double()
+    if image.dtype != torch.float64:
+        copied = copied.float()
+    halves = [torch.randperm(coupled.units, generator=generator)[: coupled.units // 2] for coupled in sets]
+
+    def passes(chosen: Sequence[int]) -> bool:
+        gone: dict[tuple[str, Side], set[int]] = {}
+        for index in chosen:
+            for place, channels_UC in sets[index].places.items():
+                gone.setdefault(place, set()).update(channels_UC[halves[index]].flatten().tolist())
+        deaf, narrow = copy.deepcopy(copied), copy.deepcopy(copied)
+        try:
+            with torch.no_grad():
+                for (name, side), indices in gone.items():
+                    if side == "inputs" and not depthwise(layer := deaf.get_submodule(name)):
+                        _forget(layer, sorted(indices))
+                resize(narrow, without(narrow, gone))
+                expected, found = deaf(image), narrow(image)
+        except Exception:  # shapes that no longer fit, in as many words as there are operators
+            return False
+        close = RIGHT if image.dtype == torch.float64 else 1e-3
+        bound = close * float(expected.abs().max().clamp_min(torch.finfo(image.dtype).tiny))
+        return found.shape == expected.shape and not bool((found - expected).abs().max() > bound)
+
+    def right(chosen: list[int]) -> list[int]:
+        if not chosen or passes(chosen):
+            return chosen
+        if len(chosen) == 1:
+            return []
+        accepted, rest = right(chosen[: len(chosen) // 2]), right(chosen[len(chosen) // 2 :])
+        if passes([*accepted, *rest]):
+            return [*accepted, *rest]
+        for index in rest:
+            if passes([*accepted, index]):
+                accepted = [*accepted, index]
+        return accepted
+
+    chosen = {*right([index for index, half in enumerate(halves) if len(half)])}
+    # A set of one unit is never cut.
+    return [coupled for index, coupled in enumerate(sets) if index in chosen or not len(halves[index])]
+
+
+def _forget(layer: nn.Module, indices: list[int]) -> None:
+    """Makes a layer deaf to some of its input channels."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    if isinstance(layer, nn.Conv2d):
+        each, outputs = weight.shape[1], weight.shape[0] // layer.groups
+        for index in indices:
+            group = index // each
+            weight[group * outputs : (group + 1) * outputs, index % each] = 0
+    elif isinstance(layer, nn.ConvTranspose2d):
+        weight[indices] = 0
+    else:
+        weight[:, indices] = 0
+
+
+def _groups(graph: Any) -> Iterator[tuple[nn.Module, Any]]:
+    """Each layer with channels and the group that goes with them, if it is in none so far; None where rules fail."""
+    seen: set[nn.Module] = set()
+
+    def bounded(dependency: Any, triggered: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        def ask(function: Any) -> bool:
+            # torch-pruning makes the mappings anew for each group, and applies them next.
+            dependency.index_mapping = [mapping and _bounded(mapping, graph) for mapping in dependency.index_mapping]
+            return triggered(function)
+
+        return ask
+
+    for dependency in [dependency for node in graph.module2node.values() for dependency in node.dependencies]:
+        dependency.is_triggered_by = bounded(dependency, dependency.is_triggered_by)
+    for layer in list(graph.module2node):
+        if not isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)) or layer in seen:
+            continue
+        pruner = graph.get_pruner_of_module(layer)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                count = pruner.get_out_channels(layer)
+                group = graph.get_pruning_group(layer, pruner.prune_out_channels, list(range(count)))
+        except ModelError:
+            raise
+        except Exception:  # a layer that reads part of what the rules say it reads: a division by 0, an index
+            yield layer, None
+            continue
+        seen |= {item.dep.target.module for item in group if graph.is_out_channel_pruning_fn(item.dep.handler)}
+        yield layer, group
+
+
+def _bounded(mapping: Any, graph: Any) -> Callable[[Any], Any]:
+    """The mapping of indices, refusing to make more of them than any network has that can be pruned."""
+    if getattr(mapping, "bounded", False):
+        return mapping
+
+    def map_few(indices: Any) -> Any:
+        if len(indices) * getattr(mapping, "_stride", 1) > MOST_PLACES:
+            raise ModelError(
+                type(graph.model).__name__,
+                "its channels are tied in more ways than torch-pruning can follow",
+                "leave `prune` out of the recipe",
+            )
+        return mapping(indices)
+
+    map_few.bounded = True  # type: ignore[attr-defined]
+    return map_few
 
 
 def _foreign(group: Any, names: Mapping[nn.Module, str]) -> str:
@@ -121,7 +289,7 @@ def _sets(graph: Any, group: Any, names: Mapping[nn.Module, str]) -> list[Couple
             divisor = math.lcm(divisor, groups)
         place: tuple[str, Side] = (names[layer], "outputs" if is_output else "inputs")
         for index, root in zip(item.idxs, item.root_idxs, strict=True):
-            if root is None:
+            if root is None or root >= width:
                 return []
             channels[root].setdefault(place, set()).add(index)
     alike: dict[Any, list[int]] = {}

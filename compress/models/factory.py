@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from torch import nn
 
 from compress.errors import ModelError
 from compress.models.head import check, output_classes, replace_head
+from compress.models.torchvision_models import import_torchvision
 from compress.settings import Settings
 
 
@@ -30,7 +32,9 @@ class Factory(Settings):
     """A .safetensors, .pth or .pt file to start from; null keeps the factory's own weights."""
 
 
-def build_factory(settings: Factory, num_classes: int, input_size: int, note: Callable[[str], None]) -> nn.Module:
+def build_factory(
+    settings: Factory, num_classes: int, input_size: int, note: Callable[[str], None], channels: int = 3
+) -> nn.Module:
     """The factory's network with one output per class.
 
     `num_classes` is passed to a factory that takes it. If the network still has another number of outputs, its last
@@ -48,17 +52,10 @@ def build_factory(settings: Factory, num_classes: int, input_size: int, note: Ca
             raise ModelError(place, f"raised {_said(error)}") from error
         if not isinstance(module, nn.Module):
             raise ModelError(place, f"returned {type(module).__name__}", "it must return a torch.nn.Module")
-        if output_classes(module, input_size, place) != num_classes:
+        if output_classes(module, input_size, place, channels) != num_classes:
             note(replace_head(module, num_classes, place))
-            check(module, num_classes=num_classes, input_size=input_size, place=place)
+            check(module, num_classes=num_classes, input_size=input_size, place=place, channels=channels)
     return module
-
-
-def source(settings: Factory) -> Path | None:
-    """The file that the factory's module was imported from; None where Python does not know one."""
-    module = sys.modules.get(settings.use.partition(":")[0])
-    file = getattr(module, "__file__", None)
-    return Path(file) if file else None
 
 
 def takes(function: Callable[..., Any], name: str) -> bool:
@@ -85,6 +82,8 @@ def importable(folder: Path) -> Iterator[None]:
 
 def find(use: str, place: str) -> Callable[..., Any]:
     path, _, name = use.partition(":")
+    if path.partition(".")[0] in ("torchvision", "timm", "transformers") and importlib.util.find_spec("torchvision"):
+        import_torchvision(place)
     try:
         found = importlib.import_module(path)
     except ModuleNotFoundError as error:

@@ -67,7 +67,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """Logits (N, num_classes) of images (N, 3, H, W). Freshly initialised from torch's global random state."""
+    """Logits (N, num_classes) of images (N, colours, H, W). Freshly initialised from torch's global random state."""
 
     def __init__(
         self,
@@ -77,11 +77,12 @@ class MobileNetV2(nn.Module):
         padding: Padding = "symmetric",
         stem_stride: int = 2,
         dropout: float = 0.2,
+        colours: int = 3,
     ) -> None:
         super().__init__()
         channels = multiple_of_8(32 * width)
         last = multiple_of_8(1280 * max(1.0, width))
-        features: list[nn.Module] = [ConvNormAct(3, channels, 3, stem_stride, padding)]
+        features: list[nn.Module] = [ConvNormAct(colours, channels, 3, stem_stride, padding)]
         for expansion, base, repeats, stride in BLOCKS:
             outputs = multiple_of_8(base * width)
             for repeat in range(repeats):
@@ -128,7 +129,9 @@ class MobileNetV2Settings(Settings):
     """A .safetensors, .pth or .pt file with torchvision's names to start from; null starts from random weights."""
 
 
-def build_mobilenet_v2(settings: MobileNetV2Settings, num_classes: int, input_size: int) -> MobileNetV2:
+def build_mobilenet_v2(
+    settings: MobileNetV2Settings, num_classes: int, input_size: int, channels: int = 3
+) -> MobileNetV2:
     """Raises ModelError for an input size at which padding `same` is not what TensorFlow computes."""
     multiple = 32 if settings.stem_stride == 2 else 16
     if settings.padding == "same" and input_size % multiple:
@@ -145,4 +148,5 @@ def build_mobilenet_v2(settings: MobileNetV2Settings, num_classes: int, input_si
         padding=settings.padding,
         stem_stride=settings.stem_stride,
         dropout=settings.dropout,
+        colours=channels,
     )

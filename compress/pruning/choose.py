@@ -9,8 +9,7 @@ from typing import Literal
 
 from torch import nn
 
-from compress.models.coupled import Coupled, Side, depthwise
-from compress.models.structure import sizes
+from compress.models.coupled import Coupled, Side, without
 from compress.product import KeptChannels
 from compress.pruning.goal import Cost
 from compress.pruning.ranking import Ranking
@@ -60,18 +59,4 @@ def kept_channels(
         if units:
             for place, channels in coupled.places.items():
                 gone[place].update(channels[units].flatten().tolist())
-    kept: dict[str, KeptChannels] = {}
-    for name, layer in module.named_modules():
-        if not {(name, "outputs"), (name, "inputs")} & gone.keys():
-            continue
-        width, depth = sizes(name, layer)
-        outputs = _others(width, gone[name, "outputs"])
-        if depthwise(layer) and outputs is not None:
-            kept[name] = KeptChannels(outputs=outputs, inputs=outputs, groups=len(outputs))
-        else:
-            kept[name] = KeptChannels(outputs=outputs, inputs=_others(depth, gone[name, "inputs"]))
-    return kept
-
-
-def _others(size: int, gone: set[int]) -> tuple[int, ...] | None:
-    return tuple(index for index in range(size) if index not in gone) if gone else None
+    return without(module, gone)

@@ -38,9 +38,9 @@ class MacGoal(Settings):
             )
 
 
-def cost_of(module: nn.Module, sets: Sequence[Coupled], size: int) -> Cost:
+def cost_of(module: nn.Module, sets: Sequence[Coupled], size: int, channels: int = 3) -> Cost:
     """The cost function of `module` on square images of `size` pixels; equals `macs` of the result."""
-    table = measured_layers(module, size)
+    table = measured_layers(module, size, channels)
     shapes = [
         (coupled.units, [(place, channels.shape[1]) for place, channels in coupled.places.items()]) for coupled in sets
     ]

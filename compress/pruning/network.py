@@ -73,16 +73,16 @@ def prune_network(
     `place`, for a network that cannot be followed or is quantized, a pattern that matches nothing and a goal that is
     out of reach.
     """
-    pruning, size = pruning or Pruning(), run.data.preprocess.size
+    pruning, size, channels = pruning or Pruning(), run.data.preprocess.size, run.data.preprocess.channels
     if network.structure.quantize is not None:
         raise ModelError(place, "the network is already quantized", "put prune before quantize")
-    before = macs(network.module, size)
+    before = macs(network.module, size, channels)
     most = goal.most_macs(before)
     least = _least_widths(network.module, pruning, place)
     generator = torch.Generator().manual_seed(run.seed)
     module, structure = network.module, network.structure
     for step in range(1, pruning.steps + 1):
-        sets, whole = find_coupled(module, size)
+        sets, whole = find_coupled(module, size, channels)
         if step == 1:
             for sentence in whole:
                 run.progress.note(sentence)
@@ -97,7 +97,7 @@ def prune_network(
             generator=generator,
             last=[] if around is None else [_shared_units(coupled, structure.kept, around) for coupled in sets],
         )
-        cost = cost_of(module, sets, size)
+        cost = cost_of(module, sets, size, channels)
         goal.refuse_out_of_reach(before, cost([ranking.widths[-1] for ranking in ranked]), place)
         # Exact in the last step, where the power is 1.
         now = most if step == pruning.steps else round(before * (most / before) ** (step / pruning.steps))
@@ -113,14 +113,21 @@ def prune_network(
 
 
 def refuse_unreachable(
-    module: nn.Module, goal: MacGoal, pruning: Pruning | None = None, *, size: int, place: str = "pruning"
+    module: nn.Module,
+    goal: MacGoal,
+    pruning: Pruning | None = None,
+    *,
+    size: int,
+    channels: int = 3,
+    place: str = "pruning",
 ) -> None:
     """Raises ModelError where `prune_network` would for what can be known without data: patterns, the goal."""
     pruning = pruning or Pruning()
-    sets, _ = find_coupled(module, size)
+    sets, _ = find_coupled(module, size, channels)
     least = _least_widths(module, pruning, place)
     fewest = [widths(coupled, module, least, pruning.round_to)[-1] for coupled in sets]
-    goal.refuse_out_of_reach(macs(module, size), cost_of(module, sets, size)(fewest), place)
+    least_macs = cost_of(module, sets, size, channels)(fewest)
+    goal.refuse_out_of_reach(macs(module, size, channels), least_macs, place)
 
 
 def _shared_units(coupled: Coupled, kept: Mapping[str, KeptChannels], narrower: Mapping[str, KeptChannels]) -> Tensor:

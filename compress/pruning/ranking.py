@@ -14,7 +14,7 @@ from compress.data.sample import sample, sample_size
 from compress.errors import ModelError
 from compress.models.coupled import Coupled, Side, channel_rows
 from compress.product import Batch, Run
-from compress.training import labels_loss
+from compress.training import labels_loss, outputs_loss
 
 SCORED_AT_ONCE = 32
 """Images in a mini-batch whose gradient enters the score: the more, the more do opposite gradients cancel out."""
@@ -68,12 +68,12 @@ def rank(
 
 
 def root_mean_square_gradients(module: nn.Module, run: Run, images: int) -> dict[str, Tensor]:
-    """By parameter, the root mean square over mini-batches of the cross entropy's gradient.
+    """By parameter, the root mean square over mini-batches of the gradient of the labels' loss.
 
     In eval mode, so that BatchNorm's statistics stay, and the same on every process.
     """
     copied = copy.deepcopy(module).to(run.device).requires_grad_(True).eval()
-    loss = labels_loss()
+    loss = labels_loss(outputs_loss(run.data))
     squares: dict[str, Tensor] = {}
     count = 0
     steps = max(1, sample_size(run, images) // SCORED_AT_ONCE)

@@ -11,11 +11,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from compress.errors import ModelError
+from compress.models import INPUT_SHAPE
 from compress.quantization.attention import expand_attention
+from compress.quantization.tracing import RESULT_OF, Tracer
 
 CALLS = ("call_module", "call_function", "call_method")
-RESULT_OF = "result_of"
-"""In a node's meta: names of the modules of the original network whose result this node is, containers too."""
 
 
 def trace(module: nn.Module) -> fx.GraphModule:
@@ -25,12 +25,13 @@ def trace(module: nn.Module) -> fx.GraphModule:
     try:
         copied = copy.deepcopy(module).eval()
         expand_attention(copied)
-        tracer = _Tracer()
+        tracer = Tracer(getattr(module, INPUT_SHAPE, None))
         graph = tracer.trace(copied, defaults or None)
         graph_module = fx.GraphModule(tracer.root, graph, type(module).__name__)
         _drop_defaults(graph_module)
         _drop_stochastic_depth(graph_module)
         _calls_as_layers(graph_module)
+        _norms_as_layers(graph_module)
         return graph_module
     except ModelError:
         raise
@@ -40,16 +41,6 @@ def trace(module: nn.Module) -> fx.GraphModule:
             f"cannot be traced as one graph ({(str(error).strip().splitlines() or [type(error).__name__])[0]})",
             "its forward must not branch or loop on tensor values or sizes",
         ) from error
-
-
-class _Tracer(fx.Tracer):
-    """Writes down of which modules each node is the result."""
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        result = super().call_module(m, forward, args, kwargs)
-        if isinstance(result, fx.Proxy):
-            result.node.meta[RESULT_OF] = [*result.node.meta.get(RESULT_OF, ()), self.path_of_module(m)]
-        return result
 
 
 def hand_over_results(node: fx.Node, new: fx.Node) -> None:
@@ -110,6 +101,43 @@ def _calls_as_layers(graph_module: fx.GraphModule) -> None:
         node.replace_all_uses_with(call)
         for old in (node, *parameters):
             graph.erase_node(old)
+    graph_module.recompile()
+
+
+def _norms_as_layers(graph_module: fx.GraphModule) -> None:
+    """Puts a BatchNorm in the place of each functional one with parameters of its own.
+
+    timm's BatchNorm, which brings its activation along, is traced through to that call.
+    """
+    graph = graph_module.graph
+    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not F.batch_norm:
+            continue
+        given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        parameters = [
+            p for p in (given.get(name) for name in names[1:5]) if isinstance(p, fx.Node) and p.op == "get_attr"
+        ]
+        if given.get("training") or len(parameters) < 4:
+            continue
+        values = [_attribute(graph_module, str(parameter.target)) for parameter in parameters]
+        norm = nn.BatchNorm2d(len(values[0]), eps=given.get("eps", 1e-5)).eval()
+        with torch.no_grad():
+            for tensor, value in zip(
+                (norm.running_mean, norm.running_var, norm.weight, norm.bias), values, strict=True
+            ):
+                assert tensor is not None
+                tensor.copy_(value)
+        name = f"{node.name}_layer"
+        graph_module.add_submodule(name, norm)
+        with graph.inserting_before(node):
+            call = graph.call_module(name, (given["input"],))
+        hand_over_results(node, call)
+        node.replace_all_uses_with(call)
+        graph.erase_node(node)
+        for parameter in parameters:
+            if not parameter.users:
+                graph.erase_node(parameter)
     graph_module.recompile()
 
 

@@ -37,6 +37,7 @@ from compress.quantization.graph import (
 from compress.quantization.operators import Role, is_sigmoid, rectifier, role_of, zero_pads
 from compress.quantization.rewrite import (
     batchnorm_as_convolution,
+    drop_casts,
     fold_sizes,
     merge_moves,
     out_of_place,
@@ -97,21 +98,21 @@ def prepare(module: nn.Module, settings: Quantization, preprocess: Preprocess) -
     Raises ModelError that names the first layer or operator which has no place here.
     """
     graph_module = fold_batchnorm(module)
-    size = preprocess.size
     name = type(module).__name__
-    expected = _answers(module, size, name)
+    expected = _answers(module, preprocess, name)
     if settings.rewrite_activations or settings.equalize:
-        _refuse_another_function(name, expected, graph_module, size)
+        _refuse_another_function(name, expected, graph_module, preprocess)
         if settings.rewrite_activations:
             rewrite_activations(graph_module)
         if settings.equalize:
             equalize(graph_module)
-        expected = _answers(graph_module, size, name)
-    _ask(name, lambda: fold_sizes(graph_module, size))
+        expected = _answers(graph_module, preprocess, name)
+    _ask(name, lambda: fold_sizes(graph_module, preprocess.size, preprocess.channels))
     out_of_place(graph_module)
     graph_module.graph.eliminate_dead_code()
-    _refuse_another_function(name, expected, graph_module, size)
-    _propagate_shapes(graph_module, size, name)
+    _refuse_another_function(name, expected, graph_module, preprocess)
+    _propagate_shapes(graph_module, preprocess, name)
+    drop_casts(graph_module)
     keep = kept_float(graph_module, settings.keep_float)
     _merge_pads(graph_module, keep)
     batchnorm_as_convolution(graph_module, keep)
@@ -119,7 +120,7 @@ def prepare(module: nn.Module, settings: Quantization, preprocess: Preprocess) -
     rows_as_matrix(graph_module, keep)
     merge_moves(graph_module)
     _quantize_layers(graph_module, settings, keep)
-    _propagate_shapes(graph_module, size, name)
+    _propagate_shapes(graph_module, preprocess, name)
     grids = _Grids(graph_module, settings, preprocess, keep)
     _refuse_idle_patterns(graph_module, settings.keep_float, grids)
     grids.place()
@@ -268,10 +269,11 @@ class _Grids:
         return len(users) == 1 and self.roles.get(users[0]) is Role.RECTIFIER and self._fixed(node) is None
 
 
-def _answers(module: nn.Module, size: int, name: str) -> torch.Tensor:
+def _answers(module: nn.Module, preprocess: Preprocess, name: str) -> torch.Tensor:
     """What the network makes of a few random images, in eval mode."""
     # Five of them: sizes that depend on the batch were asked for at two and three.
-    images = torch.rand(5, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    shape = (5, preprocess.channels, preprocess.size, preprocess.size)
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     was_training = module.training
     found: list[Any] = []
     with torch.no_grad():
@@ -282,9 +284,11 @@ def _answers(module: nn.Module, size: int, name: str) -> torch.Tensor:
     return found[0]
 
 
-def _refuse_another_function(name: str, expected: torch.Tensor, graph_module: fx.GraphModule, size: int) -> None:
+def _refuse_another_function(
+    name: str, expected: torch.Tensor, graph_module: fx.GraphModule, preprocess: Preprocess
+) -> None:
     """Raises ModelError where tracing, folding or rewriting changed what the network computes."""
-    traced = _answers(graph_module, size, name)
+    traced = _answers(graph_module, preprocess, name)
     if traced.shape != expected.shape or (traced - expected).abs().max() > SAME_FUNCTION * expected.abs().max():
         raise ModelError(
             name,
@@ -293,11 +297,12 @@ def _refuse_another_function(name: str, expected: torch.Tensor, graph_module: fx
         )
 
 
-def _propagate_shapes(graph_module: fx.GraphModule, size: int, name: str) -> None:
+def _propagate_shapes(graph_module: fx.GraphModule, preprocess: Preprocess, name: str) -> None:
     def propagate() -> None:
         was_training = graph_module.training
         with torch.no_grad():
-            ShapeProp(graph_module.eval()).propagate(torch.zeros(1, 3, size, size))
+            shape = (1, preprocess.channels, preprocess.size, preprocess.size)
+            ShapeProp(graph_module.eval()).propagate(torch.zeros(shape))
         graph_module.train(was_training)
 
     _ask(name, propagate)

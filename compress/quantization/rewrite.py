@@ -15,6 +15,7 @@ from compress.quantization.graph import (
     CALLS,
     hand_over_results,
     is_in,
+    is_tensor,
     kind_of,
     layer_name,
     set_module,
@@ -76,9 +77,9 @@ def _replace(graph_module: fx.GraphModule, kinds: tuple[object, ...], make: Call
     return changed
 
 
-def fold_sizes(graph_module: fx.GraphModule, size: int) -> None:
+def fold_sizes(graph_module: fx.GraphModule, size: int, channels: int = 3) -> None:
     """Puts constants in the place of sizes and what is computed from them, but for those that the batch changes."""
-    results = [_Sizes(graph_module).of(torch.zeros(batch, 3, size, size)) for batch in (2, 3)]
+    results = [_Sizes(graph_module).of(torch.zeros(batch, channels, size, size)) for batch in (2, 3)]
     for node in reversed(graph_module.graph.nodes):
         if node not in results[0] or node not in results[1] or results[0][node] != results[1][node]:
             continue
@@ -86,6 +87,24 @@ def fold_sizes(graph_module: fx.GraphModule, size: int) -> None:
         for user in list(node.users):
             user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), _replacing(node, value))
         graph_module.graph.erase_node(node)
+    graph_module.recompile()
+
+
+def drop_casts(graph_module: fx.GraphModule) -> None:
+    """Removes conversions to the type that a tensor has already; shapes must have been propagated."""
+    for node in list(graph_module.graph.nodes):
+        if node.op != "call_method" or node.target not in ("to", "float", "type_as") or not is_tensor(node):
+            continue
+        source = node.args[0]
+        if (
+            isinstance(source, fx.Node)
+            and is_tensor(source)
+            and source.meta["tensor_meta"].dtype == node.meta["tensor_meta"].dtype
+        ):
+            hand_over_results(node, source)
+            node.replace_all_uses_with(source)
+            graph_module.graph.erase_node(node)
+    graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
 
 

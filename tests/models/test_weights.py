@@ -10,6 +10,7 @@ from torch import nn
 
 from compress.errors import ModelError
 from compress.models import file_sha256, load_weights
+from compress.models.head import replace_head
 from compress.models.weights import read_weights
 
 
@@ -37,6 +38,13 @@ def same(one, other):
         lambda weights: {"state_dict": weights, "epoch": 3},
         lambda weights: {"model": weights},
         lambda weights: {"module." + name: tensor for name, tensor in weights.items()},
+        lambda weights: {"model." + name: tensor for name, tensor in weights.items()},
+        lambda weights: {"module._orig_mod.net." + name: tensor for name, tensor in weights.items()},
+        lambda weights: {"model_state": weights, "optimizer": {"lr": 0.1}},
+        lambda weights: {"state_dict": {"model": weights}},
+        lambda weights: {"ema": {"module": torch.zeros(1)}, "state_dict": weights},
+        lambda weights: {"model_ema": weights, "epoch": 3},
+        lambda weights: {"n_averaged": torch.tensor(5), **{"module." + n: t for n, t in weights.items()}},
         lambda weights: {n: t for n, t in weights.items() if not n.endswith("num_batches_tracked")},
     ],
 )
@@ -63,9 +71,59 @@ def test_another_number_of_classes_keeps_the_fresh_head(tmp_path):
     progress, target = Notes(), network(10, seed=1)
     fresh = target[3].weight.clone()
     load_weights(target, tmp_path / "weights.pt", progress)
-    assert progress.notes == ["head replaced: 1000 -> 10 classes"]
+    assert progress.notes == ["head replaced: 1000 -> 10 classes; the file's 3.weight, 3.bias left out"]
     assert torch.equal(target[3].weight, fresh)
     assert torch.equal(target[0].weight, network(1000)[0].weight)
+
+
+class Mapped(nn.Module):
+    """Averages a map of each class, as SqueezeNet does; without a linear layer."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, classes, 1)
+
+    def forward(self, x):
+        return self.head(self.stem(x)).mean((2, 3))
+
+
+def test_a_head_that_is_a_convolution_and_is_replaced_or_left_out(tmp_path):
+    torch.save(Mapped(1000).state_dict(), tmp_path / "weights.pt")
+    progress, target = Notes(), Mapped(10)
+    fresh = target.head.weight.clone()
+    load_weights(target, tmp_path / "weights.pt", progress)
+    assert progress.notes == ["head replaced: 1000 -> 10 classes; the file's head.weight, head.bias left out"]
+    assert torch.equal(target.head.weight, fresh)
+    assert replace_head(target, 7, "here") == "head replaced: 10 -> 7 classes"
+    assert target(torch.zeros(2, 3, 8, 8)).shape == (2, 7)
+
+
+def test_two_heads_are_left_out_together_and_a_hidden_layer_is_not(tmp_path):
+    class Distilled(nn.Module):
+        def __init__(self, classes, hidden=6):
+            super().__init__()
+            self.body, self.head, self.head_dist = nn.Linear(4, hidden), nn.Linear(6, classes), nn.Linear(6, classes)
+
+    torch.save(Distilled(1000).state_dict(), tmp_path / "weights.pt")
+    progress, target = Notes(), Distilled(10)
+    load_weights(target, tmp_path / "weights.pt", progress)
+    assert torch.equal(target.body.weight, Distilled(10).body.weight) is False
+    assert "head.weight, head.bias, head_dist.weight, head_dist.bias" in progress.notes[0]
+    torch.save(Distilled(10, hidden=8).state_dict(), tmp_path / "other.pt")
+    with pytest.raises(ModelError, match=r"2 of another shape: body.bias \(\[8\] for \[6\]\), body.weight"):
+        load_weights(Distilled(10), tmp_path / "other.pt", Notes())
+
+
+def test_weights_for_colour_read_grey_as_three_equal_channels(tmp_path):
+    def conv(channels):
+        return nn.Sequential(nn.Conv2d(channels, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 9, 10)).eval()
+
+    coloured, grey, progress = conv(3), conv(1), Notes()
+    torch.save(coloured.state_dict(), tmp_path / "weights.pt")
+    load_weights(grey, tmp_path / "weights.pt", progress)
+    image = torch.randn(2, 1, 5, 5)
+    torch.testing.assert_close(grey(image), coloured(image.expand(2, 3, 5, 5)))
+    assert progress.notes == ["0.weight: the weights of the three colours are added up for grey images"]
 
 
 def test_every_difference_is_counted_and_named_and_nothing_loaded(tmp_path):
