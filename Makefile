@@ -11,7 +11,8 @@ test: .venv/ready  # style, types, import layers, and the tests that take second
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2
+	$(BIN)/pytest -m alone
 
 test-slow: .venv/ready  # the tests that take minutes
 	$(BIN)/pytest -m slow

@@ -239,7 +239,7 @@ def benchmark(options: argparse.Namespace, progress: Progress) -> None:
                 "macs": measures.macs(product.network.module, size) / measures.macs(parent.module, size),
                 "images": images,
                 "accuracy": {s: float((found[s] == photographs.labels_N).mean()) for s in SUFFIXES},
-                "float": measures.accuracy(distilled.network.module, batches, run.device),
+                "float": measures.score(distilled.network.module, batches, run.device),
                 "parent_accuracy": _accuracy_of(folder, "02-train"),
                 "pruned_accuracy": _accuracy_of(folder, "03-prune"),
                 "seconds": seconds,

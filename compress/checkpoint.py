@@ -38,9 +38,7 @@ def load(folder: Path) -> Network:
     was saved.
     """
     structure, settings, text = described(folder)
-    module = build(
-        settings, structure.num_classes, structure.preprocess.size, channels=structure.preprocess.channels
-    )
+    module = build(settings, structure.num_classes, structure.preprocess.size, channels=structure.preprocess.channels)
     resize(module, structure.kept)
     if structure.quantize is not None:
         quantization = Quantization.model_validate_json(json.dumps(structure.quantize))

@@ -17,10 +17,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from compress.errors import CompressError
-from compress.progress import Progress
+
+if TYPE_CHECKING:
+    from compress.progress import Progress
 
 BOOT, KILLED = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/vmstat")
 _open: set[IO[bytes]] = set()

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compress.product import Batch, Task
+from compress.labels import Task
+from compress.product import Batch
 from compress.tasks import Rules, task_of
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +71,8 @@ class Stripes:
     fingerprint = "stripes"
     channels_last = True
     task = "classification"
+    scale = None
+    label_weights = None
 
     def __init__(self, train: int = 64, evaluation: int = 40) -> None:
         generator = torch.Generator().manual_seed(7)
@@ -107,6 +111,17 @@ class Stripes:
             chosen = order[start : start + batch_size]
             images_NCHW = images[chosen].contiguous(memory_format=torch.channels_last)
             yield Batch(images_NCHW, labels[chosen], chosen, epoch if view is None else view)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_modules() -> Iterator[None]:
+    """Networks that tests write are often called alike: the next file of tests must not find the last one's."""
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        file = getattr(sys.modules[name], "__file__", None) or ""
+        if Path(file).is_relative_to(tempfile.gettempdir()):
+            del sys.modules[name]
 
 
 @pytest.fixture

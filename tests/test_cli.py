@@ -148,6 +148,7 @@ def test_all_mistakes_of_a_recipe_come_at_once_with_their_lines(place):
     assert lines[1].startswith("bad.yaml:8: stages.1.goal.macs:")
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_stops_at_once_says_how_to_go_on_and_leaves_no_half(place, number):
     words = ["run", "recipe.yaml", "stages.train.epochs=500", "--out", number.name]

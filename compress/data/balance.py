@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from compress.product import Task
+from compress.labels import Task
 from compress.tasks.multi_label import positive_weights
 
 Balance = Literal["none", "sampler", "loss"]

@@ -17,7 +17,8 @@ from compress.data.gathered import NAMED, Gathered, Loading, opened
 from compress.data.loader import ImageData
 from compress.data.trees import ZipTree, read_file
 from compress.errors import DataError
-from compress.product import Preprocess, Task
+from compress.labels import Task
+from compress.product import Preprocess
 from compress.progress import Progress
 
 EVALUATION = ("val", "valid", "validation", "evaluation", "eval", "dev", "test")

@@ -15,8 +15,9 @@ from compress.data.decoding import as_rgb
 from compress.data.gathered import Gathered, Loading, opened
 from compress.data.loader import ImageData
 from compress.errors import CompressError, DataError
+from compress.labels import Task
 from compress.models.factory import find, importable
-from compress.product import Preprocess, Task
+from compress.product import Preprocess
 from compress.progress import Progress
 
 

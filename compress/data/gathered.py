@@ -23,7 +23,8 @@ from compress.data.decoding import decode
 from compress.data.loader import ImageData, Images
 from compress.data.split import alike, holdout
 from compress.errors import DataError
-from compress.product import Preprocess, Task
+from compress.labels import Task
+from compress.product import Preprocess
 from compress.progress import Progress
 from compress.settings import Settings
 

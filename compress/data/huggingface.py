@@ -16,7 +16,8 @@ from compress.data.loader import ImageData
 from compress.data.trees import read_file
 from compress.errors import DataError
 from compress.extras import need
-from compress.product import Preprocess, Task
+from compress.labels import Task
+from compress.product import Preprocess
 from compress.progress import Progress
 
 EVALUATION = ("validation", "valid", "val", "dev", "test")

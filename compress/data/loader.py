@@ -23,7 +23,8 @@ from compress.data.balance import Balance, drawn_equally, label_weights
 from compress.data.pixels import pixels
 from compress.data.split import alike
 from compress.errors import DataError
-from compress.product import Batch, Preprocess, Scale, Split, Task
+from compress.labels import Task
+from compress.product import Batch, Preprocess, Scale, Split
 from compress.tasks.regression import scale_of, standardized
 
 

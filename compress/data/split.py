@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from compress.product import Task
+from compress.labels import Task
 
 BINS = 10
 """Parts of equal size into which the first number of a regression is cut, to choose images over its whole range."""

@@ -21,7 +21,8 @@ from compress.data.gathered import Gathered, inspected
 from compress.data.loader import ImageData, Images
 from compress.data.trees import open_tree, pictures
 from compress.errors import DataError
-from compress.product import NO_LABEL, Batch, Data, Preprocess, Scale, Split, Task
+from compress.labels import Task
+from compress.product import NO_LABEL, Batch, Data, Preprocess, Scale, Split
 from compress.progress import Progress
 from compress.settings import Settings
 

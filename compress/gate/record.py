@@ -18,7 +18,7 @@ from compress.gate.goals import Goal
 from compress.gate.paired import Paired, paired
 from compress.gate.resampled import Resampled, resampled
 from compress.gate.timing import Rounds
-from compress.product import Task
+from compress.labels import Task
 from compress.targets.agent import sha256
 from compress.tasks import RULES, task_of
 from compress.written import refuse_pipes

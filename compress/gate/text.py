@@ -9,7 +9,7 @@ from compress.gate.goals import GROUPS, METRICS, Goal, parse
 from compress.gate.record import DEVICE, SETTINGS, Record, compared
 from compress.gate.timing import NOW, between_recordings, median_ms
 from compress.gate.verdict import Judgement, Line
-from compress.product import Task
+from compress.labels import Task
 from compress.targets.agent import UNAVAILABLE
 from compress.tasks import task_of
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compress.errors import ModelError
+from compress.labels import Task
 from compress.losses.lesson import NO_LABEL, Lesson, Term
-from compress.product import Task
 
 
 def input_gradient(logits_NK: Tensor, labels_N: Tensor, images_NCHW: Tensor, *, differentiable: bool) -> Tensor:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.errors import DataError
+from compress.labels import Task
 from compress.losses.embeddings import embedding, refuse_unless_embedded, width
 from compress.losses.lesson import Facts, FeatureTerm, Lesson
 from compress.losses.maps import unit
-from compress.product import NO_LABEL, Task
+from compress.product import NO_LABEL
 
 
 def noise_contrastive(positive_N: Tensor, negative_NK: Tensor, counts_NK: Tensor, images: int) -> Tensor:

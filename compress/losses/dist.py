@@ -6,8 +6,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from compress.labels import Task
 from compress.losses.lesson import Lesson, Term
-from compress.product import Task
 
 SMALLEST_NORMS = 1e-8
 """Of the two rows' lengths multiplied, as in the authors' code: rows that do not vary have no correlation."""

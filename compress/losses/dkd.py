@@ -7,9 +7,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from compress.labels import Task
 from compress.losses.lesson import Lesson, Term
 from compress.losses.standardization import standardized
-from compress.product import Task
 
 
 def decoupled(student_NK: Tensor, teacher_NK: Tensor, labels_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,10 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from compress.labels import Task
 from compress.models.patterns import Pattern
 from compress.product import NO_LABEL as NO_LABEL
-from compress.product import KeptChannels, Task
+from compress.product import KeptChannels
 from compress.settings import Settings
 
 

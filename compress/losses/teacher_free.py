@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.errors import ModelError
+from compress.labels import Task
 from compress.losses.kd import soft_targets
 from compress.losses.lesson import Facts, Lesson, Term
-from compress.product import Task
 
 
 def virtual_teacher(labels_N: Tensor, classes: int, correct: float) -> Tensor:

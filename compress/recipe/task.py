@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from compress.labels import Task
 from compress.losses import LossSettings
-from compress.product import Task
 from compress.recipe.explain import kinds, uses
 from compress.recipe.words import Keys
 from compress.schemes import SchemeSettings

@@ -66,7 +66,7 @@ def _report(folder: RunFolder) -> dict[str, Any]:
     ablation = distilled.ablation(folder, networks, best, _report(undistilled) if undistilled else None)
     measured = board(benchmark[1]) if benchmark else None
     verify = verification and verification_of(stages, *verification)
-    report = {
+    report: dict[str, Any] = {
         "format": FORMAT,
         "name": folder.run.name,
         "headline": headline(

@@ -29,7 +29,7 @@ def percent(fraction: float | None) -> str:
 
 
 def uncounted(pair: dict[str, Any]) -> str:
-    """In place of a count of outputs that differ: rounded weights against what was trained are compared by decisions."""
+    """In place of a count of outputs that differ: rounded weights and what was trained are compared by decisions."""
     return "decisions compared" if pair["kind"] in ("int8", *KINDS) else NOT_MEASURED
 
 

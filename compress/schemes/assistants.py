@@ -9,8 +9,9 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from compress.errors import ModelError
+from compress.labels import Task
 from compress.measures import macs
-from compress.product import Network, Preprocess, Product, Run, Task
+from compress.product import Network, Preprocess, Product, Run
 from compress.pruning import MacGoal, Pruning, prune_network, refuse_unreachable
 from compress.schemes.judged import evaluation_accuracy
 from compress.settings import Settings
@@ -48,9 +49,7 @@ class Assistants(Settings):
     def check(self, module: nn.Module, preprocess: Preprocess) -> None:
         """Raises ModelError for a share that pruning cannot reach or a pattern that matches no layer."""
         goal = MacGoal(macs=self.macs[-1])
-        refuse_unreachable(
-            module, goal, self.pruning, size=preprocess.size, channels=preprocess.channels, place=PLACE
-        )
+        refuse_unreachable(module, goal, self.pruning, size=preprocess.size, channels=preprocess.channels, place=PLACE)
 
     def train(self, settings: Taught, product: Product, run: Run, label: str) -> tuple[nn.Module, dict[str, Any]]:
         networks = self.assistants(product, run)

@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from compress.errors import ModelError
-from compress.product import Network, Preprocess, Product, Run, Task
+from compress.labels import Task
+from compress.product import Network, Preprocess, Product, Run
 from compress.schemes.judged import evaluation_accuracy
 from compress.settings import Settings
 from compress.teachers.several import Ensemble, mean_logits

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.errors import TrainingError
+from compress.labels import Task
 from compress.observation import observe
-from compress.product import Batch, Preprocess, Product, Run, Task
+from compress.product import Batch, Preprocess, Product, Run
 from compress.schemes.judged import accuracies_apart
 from compress.settings import Settings
 from compress.teaching import Objective, Taught, objective

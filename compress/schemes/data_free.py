@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.errors import ModelError
+from compress.labels import Task
 from compress.observation import observe, stage_ends
-from compress.product import Batch, Preprocess, Product, Run, Task
+from compress.product import Batch, Preprocess, Product, Run
 from compress.schemes.branches import pooled
 from compress.schemes.generator import Generator, Noise
 from compress.settings import Settings

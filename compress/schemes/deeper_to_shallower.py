@@ -11,10 +11,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compress.errors import ModelError
+from compress.labels import Task
 from compress.losses.kd import soft_targets
 from compress.models.patterns import matching
 from compress.observation import answers_to_blank, observable, stage_ends
-from compress.product import Batch, Preprocess, Product, Run, Task
+from compress.product import Batch, Preprocess, Product, Run
 from compress.settings import Settings
 from compress.tasks.classification import cross_entropy
 from compress.teaching.objective import Objective, Taught, objective

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.errors import DataError
-from compress.product import NO_LABEL, Batch, Data, Preprocess, Scale, Split, Task
+from compress.labels import Task
+from compress.product import NO_LABEL, Batch, Data, Preprocess, Scale, Split
 
 
 class Generator(nn.Module):

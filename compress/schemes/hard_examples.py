@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from compress.labels import Task
 from compress.losses.kd import soft_targets
 from compress.observation import unwrapped
-from compress.product import Batch, Preprocess, Product, Run, Task
+from compress.product import Batch, Preprocess, Product, Run
 from compress.schemes.generator import Generator, Noise
 from compress.settings import Settings
 from compress.teaching.objective import Objective, Taught, objective

@@ -10,10 +10,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from compress.labels import Task
 from compress.losses.kd import soft_targets
 from compress.measures import macs
 from compress.observation import observe
-from compress.product import Batch, Network, Preprocess, Product, Run, Task
+from compress.product import Batch, Network, Preprocess, Product, Run
 from compress.pruning import MacGoal, Pruning, prune_network, refuse_unreachable
 from compress.schemes.judged import evaluation_accuracy
 from compress.settings import Settings

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from compress.errors import ModelError
+from compress.labels import Task
 from compress.models.coupled import channel_rows, find_coupled
 from compress.models.structure import select
 from compress.observation import Answers, observe, unwrapped
-from compress.product import Batch, KeptChannels, Network, Preprocess, Product, Run, Task
+from compress.product import Batch, KeptChannels, Network, Preprocess, Product, Run
 from compress.settings import Settings
 from compress.teaching.alignment import channels as channels_of
 from compress.teaching.alignment import kept as kept_of

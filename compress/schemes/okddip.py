@@ -10,8 +10,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compress.labels import Task
 from compress.observation import answers_to_blank
-from compress.product import Batch, Preprocess, Product, Run, Task
+from compress.product import Batch, Preprocess, Product, Run
 from compress.schemes.branches import (
     copies_of,
     pooled,

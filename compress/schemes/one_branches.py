@@ -9,9 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from compress.labels import Task
 from compress.losses.kd import soft_targets
 from compress.observation import Answers, answers_to_blank
-from compress.product import Batch, Preprocess, Product, Run, Task
+from compress.product import Batch, Preprocess, Product, Run
 from compress.schemes.branches import copies_of, pooled, ramp, refuse_quantized, split
 from compress.settings import Settings
 from compress.tasks.classification import cross_entropy

@@ -42,9 +42,7 @@ class Prune(Pruning, Aim):  # pydantic lists the fields of later bases first, an
 
     def check(self, module: nn.Module, preprocess: Preprocess) -> None:
         """Raises ModelError for a network that cannot be followed, an unmatched pattern, a goal out of reach."""
-        refuse_unreachable(
-            module, self.goal, self, size=preprocess.size, channels=preprocess.channels, place=PLACE
-        )
+        refuse_unreachable(module, self.goal, self, size=preprocess.size, channels=preprocess.channels, place=PLACE)
         if self.distill is not None:
             self.distill.refuse_misfits(module, preprocess, PLACE)
 

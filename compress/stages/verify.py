@@ -15,7 +15,8 @@ from torch import nn
 from compress.data.pictures import save_picture
 from compress.data.pixels import to_pixels
 from compress.gate import answers
-from compress.product import Data, Product, Run, Task
+from compress.labels import Task
+from compress.product import Data, Product, Run
 from compress.progress import Progress
 from compress.settings import Settings
 from compress.stages.export import KINDS, by_kind, compressed, reference

@@ -17,7 +17,7 @@ from PIL import Image
 from compress.data.folder import listing
 from compress.data.trees import TRAIN, Tree, open_tree, pictures, read_file
 from compress.errors import CompressError, DataError
-from compress.product import Task
+from compress.labels import Task
 from compress.progress import Progress
 
 LOOKED_AT = 200

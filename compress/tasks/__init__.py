@@ -1,19 +1,22 @@
 """What is asked of a network, one file per task: plain functions for its loss, its score and its decisions.
 
 Whatever judges outputs goes through the `Rules` of `Data.task`. To add one: its file, its name in
-`compress.product.Task`, its line in `RULES`, one test; then say which losses and schemes serve it (their `tasks`).
+`compress.labels.Task`, its line in `RULES`, one test; then say which losses and schemes serve it (their `tasks`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compress.product import Scale, Task
+from compress.labels import Task
 from compress.tasks import classification, multi_label, regression
+
+if TYPE_CHECKING:
+    from compress.product import Scale
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
-from torch.nn import functional as F
 
-from compress.product import NO_LABEL, Scale
+if TYPE_CHECKING:  # scores are read where there is no torch
+    from torch import Tensor
+
+    from compress.product import Scale
 
 
 def cross_entropy(
@@ -19,6 +20,10 @@ def cross_entropy(
 
     With `weights_K` of the classes, an image counts by its class's weight and the mean is the weighted one.
     """
+    from torch.nn import functional as F
+
+    from compress.product import NO_LABEL
+
     weight = None if weights_K is None else weights_K.to(logits_NK)
     mean = F.cross_entropy(logits_NK, labels_N, weight=weight, ignore_index=NO_LABEL, label_smoothing=label_smoothing)
     # The mean over no image is NaN.

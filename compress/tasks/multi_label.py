@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from compress.product import Scale, labelled
+if TYPE_CHECKING:  # scores are read where there is no torch
+    from torch import Tensor
+
+    from compress.product import Scale
 
 
 def binary_cross_entropy(logits_NK: Tensor, labels_NK: Tensor, weights_K: Tensor | None = None) -> Tensor:
@@ -18,6 +18,10 @@ def binary_cross_entropy(logits_NK: Tensor, labels_NK: Tensor, weights_K: Tensor
 
     With `weights_K`, what a label costs where it holds counts that many times.
     """
+    from torch.nn import functional as F
+
+    from compress.product import labelled
+
     rows = labelled(labels_NK)
     if not bool(rows.any()):
         return logits_NK.sum() * 0
@@ -85,6 +89,8 @@ def positive_weights(labels_NK: np.ndarray) -> Tensor:
 
     At most 100, and 1 for a label that holds nowhere or everywhere.
     """
+    import torch
+
     holds_K = (labels_NK > 0.5).sum(0)
     lacks_K = len(labels_NK) - holds_K
     weights_K = np.where((holds_K > 0) & (lacks_K > 0), lacks_K / np.maximum(holds_K, 1), 1.0)

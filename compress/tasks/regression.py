@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
-from torch.nn import functional as F
 
-from compress.product import Scale, labelled
+if TYPE_CHECKING:  # scores are read where there is no torch
+    from torch import Tensor
+
+    from compress.product import Scale
 
 HUGE = 1e30
 """In place of an output that is no number."""
@@ -25,6 +26,10 @@ def squared_error(
     An error beyond `huber` d counts d (2 |e| - d) in place of e^2 (Huber, 1964): outliers pull no harder than that.
     `weights_K` are factors of the numbers.
     """
+    from torch.nn import functional as F
+
+    from compress.product import labelled
+
     rows = labelled(labels_NK)
     if not bool(rows.any()):
         return outputs_NK.sum() * 0
@@ -89,6 +94,8 @@ def details(
 
 def scale_of(targets_NK: np.ndarray) -> Scale:
     """Mean and standard deviation of each number over the images where all are known; 1 where it never varies."""
+    from compress.product import Scale
+
     known_NK = targets_NK[~np.isnan(targets_NK).any(1)].astype(np.float64)
     if not len(known_NK):
         return Scale(mean=(0.0,) * targets_NK.shape[1], std=(1.0,) * targets_NK.shape[1])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from compress.errors import ModelError
+from compress.labels import Task
 from compress.losses.binary_kd import BinarySoftTargets
 from compress.losses.fitnets import FitNets
 from compress.losses.kd import SoftTargets
 from compress.losses.lesson import Term
 from compress.losses.mse import SquaredError
 from compress.observation import observable, stage_ends
-from compress.product import Network, Task
+from compress.product import Network
 from compress.teachers.teacher import Teacher
 from compress.teaching.alignment import channels, kept
 

@@ -73,9 +73,7 @@ class Distillation(Settings):
                     raise ValueError(f"`{term.use}` needs one of several teachers: set `features_from: 0` in `teacher`")
         return self
 
-    def refuse_misfits(
-        self, module: nn.Module, preprocess: Preprocess, place: str, *, quantized: bool = False
-    ) -> None:
+    def refuse_misfits(self, module: nn.Module, preprocess: Preprocess, place: str, *, quantized: bool = False) -> None:
         """Raises ModelError for a loss that does not fit `module`, the network before anything was trained."""
         refuse_misfits(self.losses or (), self.teacher, module, preprocess, place, quantized=quantized)
 

@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from compress.errors import CompressError, ModelError, TargetError
 from compress.formats.metadata import task_said
-from compress.product import Task
+from compress.labels import Task
 from compress.progress import Progress
 from compress.quantization import freeze
 from compress.targets.asking import by_name

@@ -105,6 +105,7 @@ def measure(
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.alone
 def test_measure_judges_and_writes_the_jobs_summary_and_artifacts(tmp_path, stand_in):
     fast, slow = network(tmp_path / "f.onnx", 2), network(tmp_path / "s.onnx", 30)
     baseline = tmp_path / "base/baseline.json"

@@ -52,6 +52,7 @@ def test_a_run_against_its_own_baseline_is_accepted_and_leaves_summary_and_json(
     assert "ACCEPT: every goal holds" in done.stdout
 
 
+@pytest.mark.alone
 def test_the_same_file_timed_now_in_turns_is_accepted(place):
     goal = ("--goal", "latency:percent-max-degradation=150")
     done = compress("gate", "good", "--baseline", "base/baseline.json", *QUICK, *goal, "--json", "m.json", cwd=place)
@@ -62,6 +63,7 @@ def test_the_same_file_timed_now_in_turns_is_accepted(place):
     assert outputs["facts"]["differing"] == 0
 
 
+@pytest.mark.alone
 def test_a_slowed_file_is_a_regression_when_timed(place):
     only = ("--only", "latency")
     done = compress("gate", "slow", "--baseline", "base/baseline.json", *QUICK, *only, "--json", "l.json", cwd=place)

@@ -162,7 +162,7 @@ def networks(tmp_path_factory) -> dict[str, Path]:
     preprocess = Preprocess(size=96, mean=(0.5,) * 3, std=(0.5,) * 3, crop=1.0)
     structure = Structure(model={"use": "tests:none"}, num_classes=10, preprocess=preprocess)
     network = Network(MobileNetV2(10, width=0.35, padding="same").eval(), structure)
-    data = SimpleNamespace(labels=tuple("abcdefghij"), preprocess=preprocess)
+    data = SimpleNamespace(labels=tuple("abcdefghij"), preprocess=preprocess, task="classification", scale=None)
     folder = tmp_path_factory.mktemp("networks")
     run = Run(folder=folder, data=data, device=torch.device("cpu"), seed=0, progress=Silent(), recipe_hash="0" * 64)
     return dict(Export(use="export", kinds=("parent",)).apply(Product(network), run).files)

@@ -9,8 +9,8 @@ import pytest
 
 from compress import recipe as recipes
 from compress.errors import RecipeError
+from compress.labels import Task
 from compress.losses import LossSettings
-from compress.product import Task
 from compress.recipe.explain import kinds, uses
 from compress.schemes import SchemeSettings
 from compress.tasks import RULES

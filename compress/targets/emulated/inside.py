@@ -59,7 +59,11 @@ def main() -> None:
 
     try:
         model = agent.open_model(given.model, given.runtime, 1)
-        array = model.feed(np.load(given.inputs, allow_pickle=False)[0]) if given.inputs else agent.random_input(model.input)
+        array = (
+            model.feed(np.load(given.inputs, allow_pickle=False)[0])
+            if given.inputs
+            else agent.random_input(model.input)
+        )
     except agent.AgentError as error:
         sys.exit(f"agent: error: {error}")
     for _ in range(WARM_UP):
