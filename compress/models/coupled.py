@@ -246,7 +246,8 @@ def _bounded(mapping: Any, graph: Any) -> Callable[[Any], Any]:
         return mapping
 
     def map_few(indices: Any) -> Any:
-        if len(indices) * getattr(mapping, "_stride", 1) > MOST_PLACES:
+        times = 1 if getattr(mapping, "reverse", True) else getattr(mapping, "_stride", 1)
+        if len(indices) * times > MOST_PLACES:
             raise ModelError(
                 type(graph.model).__name__,
                 "its channels are tied in more ways than torch-pruning can follow",
