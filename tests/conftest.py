@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -114,13 +113,13 @@ class Stripes:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _own_modules() -> Iterator[None]:
+def _own_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Networks that tests write are often called alike: the next file of tests must not find the last one's."""
     before = set(sys.modules)
     yield
     for name in set(sys.modules) - before:
         file = getattr(sys.modules[name], "__file__", None) or ""
-        if Path(file).is_relative_to(tempfile.gettempdir()):
+        if Path(file).is_relative_to(tmp_path_factory.getbasetemp()):
             del sys.modules[name]
 
 
