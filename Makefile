@@ -15,7 +15,7 @@ test: .venv/ready  # style, types, import layers, and the tests that take second
 	$(BIN)/pytest -m alone
 
 test-slow: .venv/ready  # the tests that take minutes
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m "slow and not extras"
 
 test-ncnn: .venv/ready  # the tests of the extra runtime, which they install
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,ncnn]'
