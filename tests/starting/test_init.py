@@ -256,6 +256,8 @@ def test_the_recipe_runs_from_start_to_report(place, words):
     compress("init", *words, "-o", "new.yaml")
     compress("check", "new.yaml")
     short = ["stages.train.epochs=2", "stages.distill.epochs=1", "stages.quantize.epochs=1"]
-    compress("run", "new.yaml", *short, "stages.verify.tolerance_grown=20", "stages.benchmark.rounds=1", "--out", "run")
+    # So short a training leaves classes that hang on a hair: how many change by rounding is not what is asked here.
+    untrained = ["stages.verify.tolerance_grown=0.99", "stages.verify.tolerance_top1=0.99"]
+    compress("run", "new.yaml", *short, *untrained, "stages.benchmark.rounds=1", "--out", "run")
     assert json.loads(Path("run/run.json").read_text())["finished"]
     assert Path("run/report.html").is_file()
