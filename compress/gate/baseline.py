@@ -126,7 +126,12 @@ def write_baseline(run: Record, path: Path, compute: Compute, *, goals: Sequence
     folder = path.parent
     folder.mkdir(parents=True, exist_ok=True)
     _refuse_neighbours(path, [*paths, answering.SAMPLE])
-    images_NCHW = np.load(run.sample, allow_pickle=False)
+    try:
+        images_NCHW = np.load(run.sample, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise BaselineError(
+            run.sample, "is not the sample of images that verify wrote", "run its recipe again"
+        ) from error
     files: dict[str, dict[str, Any]] = {}
     for name, file in run.files.items():
         files[name] = {

@@ -126,7 +126,7 @@ def read_run(folder: Path) -> Record:
     run = read_json(folder / "run.json")
     with understood(folder / "run.json", "run its recipe again"):
         name, recipe_hash = str(run["name"]), str(run["recipe_hash"])
-        fingerprint, labels = str(run["data"]["fingerprint"]), list(run["stages"])
+        fingerprint, labels = str(run["data"]["fingerprint"]), [str(label) for label in run["stages"]]
         made = str(run.get("finished") or run.get("started") or "")
         task = known_task(run["data"])
     stages = {label.partition("-")[2]: folder / "stages" / label for label in labels}
