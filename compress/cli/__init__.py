@@ -7,7 +7,6 @@ by the command that needs them: `--help` and a board's `bench` do without torch.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import signal
 import sys
@@ -68,7 +67,6 @@ def main() -> None:
     # Its other warnings are of damage that it gets around.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     warnings.filterwarnings("error", "Image size .* exceeds limit")
-    logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs of a damaged file is in its exception
     if "_COMPRESS_COMPLETE" in os.environ:  # a shell asks
         completion_init()
     try:
