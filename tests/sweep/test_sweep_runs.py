@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -111,12 +112,12 @@ def wait_for(found: Callable[[], object], process: subprocess.Popen[str], second
 
 
 def at_work(place: Path, doing: str) -> list[tuple[int, str]]:
-    """(process, what it does) of the workers whose last word begins so."""
+    """(process, what it does) of the workers whose last word begins like this pattern."""
     found = []
     for path in place.glob("sweeps/small/working/*.json"):
         with contextlib.suppress(OSError, ValueError):
             word = json.loads(path.read_text())
-            if word["doing"].strip().startswith(doing):
+            if re.match(doing, word["doing"].strip()):
                 found.append((word["pid"], word["doing"]))
     return found
 
@@ -133,7 +134,7 @@ def test_a_sweep_makes_what_single_runs_make_and_survives_a_killed_worker(place,
     with compress(place, *sweep_words(engine), "--workers", "2") as process:
         # In the training that both cells share, and again where they have parted.
         killed = []
-        for doing in ("train  epoch 3/6", "distill  epoch 3/4"):
+        for doing in ("train  epoch [2-6]/6", "distill  epoch [2-4]/4"):
             pid = wait_for(lambda doing=doing: [pid for pid, _ in at_work(place, doing) if pid not in killed], process)[
                 0
             ]
@@ -145,8 +146,8 @@ def test_a_sweep_makes_what_single_runs_make_and_survives_a_killed_worker(place,
     assert [cell["status"] for cell in facts["cells"]] == ["finished", "finished"]
     assert len([note for note in facts["notes"] if "its worker was killed in " in note]) == 2
     logs = "".join(path.read_text() for path in place.glob("sweeps/small/*/log.txt"))
-    assert "train: goes on after epoch 2" in logs
-    assert "distill: goes on after epoch 2" in logs
+    assert re.search("train: goes on after epoch [1-5]", logs)
+    assert re.search("distill: goes on after epoch [1-3]", logs)
     for value in VALUES:
         assert made(place / f"sweeps/small/macs={value}") == alone(place, value)
     trained = [event for event in events(place, "stage_finished") if event["stage"] == "01-train"]
