@@ -1,5 +1,8 @@
 """The base of everything a recipe can say."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 
 SEVERAL = "several_mistakes"
@@ -16,3 +19,18 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+def named_or_own(names: Sequence[str]) -> Callable[[Any], str | None]:
+    """The tag of a section whose `use` is one of `names`, or `factory` for package.module:function; None for others.
+
+    The section is a mapping of a recipe, or settings.
+    """
+
+    def kind(section: Any) -> str | None:
+        use = section.get("use") if isinstance(section, dict) else getattr(section, "use", None)
+        if isinstance(use, str) and ":" in use:
+            return "factory"
+        return use if use in names else None
+
+    return kind

@@ -17,15 +17,9 @@ from compress.data.folder import Folder, open_folder
 from compress.data.huggingface import HuggingFace, open_huggingface
 from compress.product import Data, Preprocess
 from compress.progress import Progress
+from compress.settings import named_or_own
 
 SOURCES = ("folder", "csv", "cifar", "huggingface", "digits")
-
-
-def _kind(section: Any) -> str | None:
-    use = section.get("use") if isinstance(section, dict) else getattr(section, "use", None)
-    if isinstance(use, str) and ":" in use:
-        return "factory"
-    return use if use in SOURCES else None
 
 
 DataSettings = Annotated[
@@ -36,7 +30,7 @@ DataSettings = Annotated[
     | Annotated[Digits, Tag("digits")]
     | Annotated[FactoryData, Tag("factory")],
     Discriminator(
-        _kind,
+        named_or_own(SOURCES),
         custom_error_type="no_such_data",
         custom_error_message=f"known: {', '.join(SOURCES)}, or package.module:function for your own",
     ),

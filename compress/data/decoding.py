@@ -42,7 +42,6 @@ def decode(content: bytes, place: str, enough: int | None = None) -> Image.Image
     if not content:
         raise DataError(place, "is no readable image (it has no bytes)", "replace or remove it")
     try:
-        logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it logs of a damaged file is in its exception
         with Image.open(io.BytesIO(content), formats=_kinds()) as image:
             if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):  # Pillow itself only warns
                 raise ValueError(f"{image.width} x {image.height} pixels, more than {Image.MAX_IMAGE_PIXELS}")
@@ -57,6 +56,7 @@ def decode(content: bytes, place: str, enough: int | None = None) -> Image.Image
 
 @cache
 def _kinds() -> tuple[str, ...]:
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it logs of a damaged file is in its exception
     Image.init()
     return tuple(kind for kind in (*KINDS, *LATER) if kind in Image.OPEN)
 

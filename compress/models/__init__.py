@@ -24,6 +24,7 @@ from compress.models.torchvision_models import Torchvision
 from compress.models.weights import file_sha256, fill, load_weights
 from compress.product import Preprocess
 from compress.progress import Progress, Silent
+from compress.settings import named_or_own
 
 __all__ = [
     "ModelSettings",
@@ -46,13 +47,6 @@ INPUT_SHAPE = "input_shape"
 NAMES = ("mobilenet_v2", "torchvision", "timm", "huggingface")
 
 
-def _kind(section: Any) -> str | None:
-    use = section.get("use") if isinstance(section, dict) else getattr(section, "use", None)
-    if isinstance(use, str) and ":" in use:
-        return "factory"
-    return use if use in NAMES else None
-
-
 ModelSettings = Annotated[
     Annotated[MobileNetV2Settings, Tag("mobilenet_v2")]
     | Annotated[Torchvision, Tag("torchvision")]
@@ -60,7 +54,7 @@ ModelSettings = Annotated[
     | Annotated[HuggingFace, Tag("huggingface")]
     | Annotated[Factory, Tag("factory")],
     Discriminator(
-        _kind,
+        named_or_own(NAMES),
         custom_error_type="no_such_model",
         custom_error_message=f"`use` must be {', '.join(NAMES)}, or package.module:factory for a network of your own",
     ),

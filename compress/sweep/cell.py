@@ -20,6 +20,10 @@ from compress.written import read_json, write_json
 LOG = "log.txt"
 EVERY_S = 0.5
 """Between two words on how it goes."""
+GRACE_S = 3.0
+"""For workers that were asked to end, before they are killed."""
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+"""What tells libraries how many threads a worker has."""
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
+from compress.sweep.cell import GRACE_S, THREADS
+
 NAME = "joblib"
-GRACE_S = 3.0
-"""For a worker that was asked to end, before it is killed."""
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 @dataclass

@@ -9,11 +9,9 @@ from typing import Any
 
 from compress.errors import CompressError
 from compress.extras import need
+from compress.sweep.cell import GRACE_S, THREADS
 
 NAME = "ray"
-GRACE_S = 3.0
-"""For tasks that were asked to end, before their workers are killed."""
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 @dataclass
