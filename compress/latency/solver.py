@@ -102,7 +102,7 @@ def least_time(problem: Problem) -> float:
 def cycle_breakers(problem: Problem) -> list[int]:
     """Sets without which the graph has no cycle, few of them: again and again the one with most neighbours."""
     neighbours = _neighbours(problem)
-    chosen = []
+    chosen: list[int] = []
     while True:
         while leaves := [node for node, near in neighbours.items() if len(near) <= 1]:
             for leaf in leaves:
