@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from compress.criteria.evidence import Evidence, Need
 from compress.settings import Settings
 
 
@@ -20,11 +21,12 @@ def norms(weights: Sequence[Tensor], p: int) -> Tensor:
 class Magnitude(Settings):
     """Channels with small weights go first. Needs no data."""
 
-    needs_gradients: ClassVar[bool] = False
+    needs: ClassVar[Need] = "weights"
+    across_layers: ClassVar[bool] = False
 
     use: Literal["magnitude"]
     p: Literal[1, 2] = 1
     """1: sum of absolute values, as in the paper; 2: Euclidean norm."""
 
-    def __call__(self, weights: Sequence[Tensor], gradients: Sequence[Tensor], generator: torch.Generator) -> Tensor:
-        return norms(weights, self.p)
+    def __call__(self, evidence: Evidence) -> Tensor:
+        return norms(evidence.weights, self.p)

@@ -1,11 +1,11 @@
 """The control that any criterion has to beat."""
 
-from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from compress.criteria.evidence import Evidence, Need
 from compress.settings import Settings
 
 
@@ -17,9 +17,10 @@ def uniform(channels: int, generator: torch.Generator) -> Tensor:
 class Random(Settings):
     """Channels go in an order drawn with the recipe's seed."""
 
-    needs_gradients: ClassVar[bool] = False
+    needs: ClassVar[Need] = "weights"
+    across_layers: ClassVar[bool] = False
 
     use: Literal["random"]
 
-    def __call__(self, weights: Sequence[Tensor], gradients: Sequence[Tensor], generator: torch.Generator) -> Tensor:
-        return uniform(len(weights[0]), generator)
+    def __call__(self, evidence: Evidence) -> Tensor:
+        return uniform(len(evidence.weights[0]), evidence.generator)

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
+from compress.criteria.evidence import Evidence, Need
 from compress.settings import Settings
 
 
@@ -21,9 +21,10 @@ def first_order(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tenso
 class Taylor(Settings):
     """Channels whose removal changes the loss least, to first order, go first."""
 
-    needs_gradients: ClassVar[bool] = True
+    needs: ClassVar[Need] = "gradients"
+    across_layers: ClassVar[bool] = False
 
     use: Literal["taylor"]
 
-    def __call__(self, weights: Sequence[Tensor], gradients: Sequence[Tensor], generator: torch.Generator) -> Tensor:
-        return first_order(weights, gradients)
+    def __call__(self, evidence: Evidence) -> Tensor:
+        return first_order(evidence.weights, evidence.gradients)

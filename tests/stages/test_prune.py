@@ -17,7 +17,7 @@ from compress.measures import layers, macs
 from compress.models.mobilenet_v2 import MobileNetV2Settings, build_mobilenet_v2
 from compress.models.structure import resize, select
 from compress.product import Batch, KeptChannels, Network, Preprocess, Product, Run, Structure
-from compress.pruning.ranking import root_mean_square_gradients
+from compress.pruning.evidence import root_mean_square_gradients
 from compress.stages.prune import Prune
 
 SIZE = 16
@@ -201,7 +201,7 @@ def images(size: int = SIZE) -> Tensor:
     return torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(11))
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "taylor", "random"])
+@pytest.mark.parametrize("criterion", ["magnitude", "taylor", "lamp", "fpgm", "fisher", "obd", "activation", "random"])
 @pytest.mark.parametrize("name", FACTORIES)
 def test_pruning_takes_channels_out_and_changes_nothing_else(name: str, criterion: str) -> None:
     product, size = a_product(name), 32 if name == "mobilenet_v2" else SIZE
@@ -308,7 +308,7 @@ def test_gradients_are_root_mean_squares_over_mini_batches() -> None:
     by_batch = [torch.func.grad(loss)(weight, batch)["0.weight"] for batch in run.data.batches("train", batch_size=32)]
     assert len(by_batch) == 2
     expected = ((by_batch[0] ** 2 + by_batch[1] ** 2) / 2).sqrt()
-    torch.testing.assert_close(root_mean_square_gradients(module, run, images=64)["0.weight"], expected)
+    torch.testing.assert_close(root_mean_square_gradients(module, run, 64, at_once=32)["0.weight"], expected)
     assert digest(module) == before
 
 
