@@ -5,7 +5,7 @@ To add a source: its file with a settings class and a function that lists its im
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Discriminator, Tag
 
