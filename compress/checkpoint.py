@@ -12,7 +12,7 @@ from safetensors.torch import save as serialized
 
 from compress.errors import ModelError
 from compress.models import AnyModel, ModelSettings, build
-from compress.models.structure import resize
+from compress.models.rebuild import rebuild
 from compress.models.weights import refuse_altered, seal
 from compress.product import Network, Structure
 from compress.quantization import Quantization, prepare
@@ -32,14 +32,14 @@ def save(network: Network, folder: Path) -> None:
 
 
 def load(folder: Path) -> Network:
-    """The network as it was saved, built by its original factory and then cut to the channels it kept.
+    """The network as it was saved, built by its original factory and then cut to the blocks and channels it kept.
 
     Raises ModelError where the folder holds no network, weights that do not fit the structure, or either is not what
     was saved.
     """
     structure, settings, text = described(folder)
     module = build(settings, structure.num_classes, structure.preprocess.size, channels=structure.preprocess.channels)
-    resize(module, structure.kept)
+    rebuild(module, structure)
     if structure.quantize is not None:
         quantization = Quantization.model_validate_json(json.dumps(structure.quantize))
         module = prepare(module, quantization, structure.preprocess)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +18,17 @@ from compress.tasks import Rules, task_of
 def params(module: nn.Module) -> int:
     """Number of parameters, buffers not counted."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def deflated(content: bytes) -> int:
+    """Bytes of `content` once compressed as in zip and gzip (DEFLATE, level 9)."""
+    return len(zlib.compress(content, 9))
+
+
+def deflated_weights(module: nn.Module) -> int:
+    """Bytes of the parameters and buffers of a float network, one behind the other, once compressed."""
+    state = module.state_dict().values()
+    return deflated(b"".join(tensor.detach().cpu().contiguous().numpy().tobytes() for tensor in state))
 
 
 def layers(module: nn.Module, input_size: int, channels: int = 3) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
@@ -91,6 +91,12 @@ class Scale(Settings):
     std: tuple[Annotated[float, Field(gt=0)], ...]
 
 
+Held = Literal["zeros", "values"]
+"""What trainings keep of a layer's weights: zeros stay zero, values that are equal stay equal."""
+LATER = ("dropped", "factored", "held")
+"""Fields of a structure that are written only where they say something."""
+
+
 class Structure(Settings):
     """How to build a network again without a pickle: the factory's arguments, the channels kept, fake quant."""
 
@@ -100,12 +106,24 @@ class Structure(Settings):
     preprocess: Preprocess = Preprocess()
     kept: dict[str, KeptChannels] = {}
     """By module name; layers that pruning did not touch are absent."""
+    dropped: tuple[str, ...] = ()
+    """Names of the residual blocks that were taken out whole; `kept` says nothing of what was inside."""
+    factored: dict[str, int] = {}
+    """By the name of a layer for which two stand, how many channels lie between the two; `kept` is of the one layer."""
+    held: dict[str, tuple[Held, ...]] = {}
+    """By the name of a layer, what trainings keep of its weights."""
     quantize: dict[str, Any] | None = None
     """Settings of the fake quantization, or None for a float network."""
     task: Task = "classification"
     """What the outputs are."""
     scale: Scale | None = None
     """The unit of a regression's outputs."""
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what came later and is not used, so that a network's description stays what it was, byte by byte."""
+        written: dict[str, Any] = handler(self)
+        return {name: value for name, value in written.items() if value or name not in LATER}
 
 
 @dataclass(frozen=True)

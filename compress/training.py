@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 from compress import processes
 from compress.epochs import State, Training, under
 from compress.errors import ModelError, TrainingError
+from compress.holding import keeper
 from compress.product import Batch, Data, Run
 from compress.settings import Settings
 from compress.tasks.classification import cross_entropy
@@ -75,6 +76,59 @@ class Memory(Protocol):
         ...
 
 
+class Narrowing(Protocol):
+    """What takes channels out of a network that is being trained."""
+
+    def due(self, step: int, total: int, epoch: int) -> bool:
+        """Whether channels go before that step of a training of `total` steps, `epoch` of them in an epoch."""
+        ...
+
+    def narrow(
+        self,
+        student: nn.Module,
+        average: AveragedModel | None,
+        optimizer: torch.optim.Optimizer,
+        layout: torch.memory_format,
+        *,
+        step: int,
+        total: int,
+        epoch: int,
+    ) -> None:
+        """Takes them out of all three, in place."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """JSON: what went so far."""
+        ...
+
+    def restore(
+        self,
+        state: Mapping[str, Any],
+        student: nn.Module,
+        average: AveragedModel | None,
+        optimizer: torch.optim.Optimizer,
+        layout: torch.memory_format,
+    ) -> None:
+        """Takes the same out again; the values come after."""
+        ...
+
+
+class Regularizer(Protocol):
+    """What pulls the network's weights towards zero besides its loss, as weight decay does."""
+
+    def penalty(self, student: nn.Module, batch: Batch) -> Tensor:
+        """A scalar, made of the network's parameters, whose gradient is added to that of the loss."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """What was chosen before the training."""
+        ...
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """The choice that was made when the training began first."""
+        ...
+
+
 def labels_loss(judged: OutputsLoss = cross_entropy) -> Loss:
     """What the labels alone teach."""
 
@@ -116,6 +170,8 @@ def fit(
     companion: nn.Module | None = None,
     companion_lr: float | None = None,
     memory: Memory | None = None,
+    regularizer: Regularizer | None = None,
+    narrowing: Narrowing | None = None,
     apart: bool = False,
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
     """A trained copy of `module` (CPU, eval mode) and one entry per epoch: epoch, loss, lr, seconds.
@@ -127,6 +183,10 @@ def fit(
     place, by the same optimizer (peak learning rate `companion_lr`, or that of the network), and ends on the CPU in
     eval mode.
 
+    `regularizer` adds its penalty's gradient to what is trained of the network, after clipping: a pull that grows
+    leaves the loss its own share of `clip_norm`. The entries then have its last `penalty`. `narrowing` takes channels
+    out on the way: what is trained, averaged and remembered afterwards is the narrower network.
+
     What the training has reached is kept in `run.epochs` after each epoch, and a training that finds itself there goes
     on: same weights, same optimizer, same random numbers, and what `loss` remembers from one epoch to the next, its
     `memory`. The result is that of a training that was never stopped, byte by byte where the processes and their
@@ -137,7 +197,21 @@ def fit(
     Raises TrainingError at the first loss that is not finite, naming `label`, epoch and step.
     """
     with memory_kept():
-        return _fit(module, loss, run, settings, label, views, after, companion, companion_lr, memory, apart)
+        return _fit(
+            module,
+            loss,
+            run,
+            settings,
+            label,
+            views,
+            after,
+            companion,
+            companion_lr,
+            memory,
+            regularizer,
+            narrowing,
+            apart,
+        )
 
 
 def _fit(
@@ -151,6 +225,8 @@ def _fit(
     companion: nn.Module | None,
     companion_lr: float | None,
     memory: Memory | None,
+    regularizer: Regularizer | None,
+    narrowing: Narrowing | None,
     apart: bool,
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
     student = copy.deepcopy(module)
@@ -195,8 +271,9 @@ def _fit(
     wrapped = student if apart else _wrapped(student, run)
     change_at = round(after[0] * total) if after else None
 
+    put_back = keeper(student)
     history: list[dict[str, Any]] = []
-    course = _Course(student, optimizer, average, companion, memory)
+    course = _Course(student, optimizer, average, companion, memory, regularizer, narrowing, layout)
     kept = run.epochs.begin() if not apart else Training(None)
     done = processes.shared(kept.epoch)
     if done:
@@ -204,10 +281,12 @@ def _fit(
             after[1](student)
             wrapped = _wrapped(student, run)
         history = course.restore(kept.load(), run)
+        wrapped = _wrapped(student, run) if narrowing is not None else wrapped
         run.progress.note(f"{label}: goes on after epoch {done}")
     step = done * steps
     for epoch in range(done, settings.epochs):
         began, losses, lr, images = time.perf_counter(), 0.0, 0.0, 0
+        penalty: Tensor | float = 0.0
         with run.progress.steps(f"{label}  epoch {epoch + 1}/{settings.epochs}", steps) as advance:
             for number, batch in enumerate(epoch_batches(epoch)):
                 lr = learning_rate(step, total=total, warmup=warmup, peak=settings.lr)
@@ -217,6 +296,10 @@ def _fit(
                     optimizer.zero_grad(set_to_none=True)
                     after[1](student)
                     # It must know anew which gradients to wait for.
+                    wrapped = student if apart else _wrapped(student, run)
+                if narrowing is not None and narrowing.due(step, total, steps):
+                    optimizer.zero_grad(set_to_none=True)
+                    narrowing.narrow(student, average, optimizer, layout, step=step, total=total, epoch=steps)
                     wrapped = student if apart else _wrapped(student, run)
                 batch = replace(batch.to(run.device), epoch=epoch, progress=step / total, step=step)
                 value = loss(wrapped, batch)
@@ -235,7 +318,10 @@ def _fit(
                     nn.utils.clip_grad_norm_(student.parameters(), settings.clip_norm)
                     if companion is not None:
                         nn.utils.clip_grad_norm_(companion.parameters(), settings.clip_norm)
+                if regularizer is not None:
+                    penalty = _pull(regularizer.penalty(student, batch), student)
                 optimizer.step()
+                put_back()
                 if average is not None:
                     average.update_parameters(student)
                 losses += loss_now
@@ -249,6 +335,7 @@ def _fit(
                 "lr": lr,
                 "seconds": time.perf_counter() - began,
             }
+            | ({"penalty": float(penalty)} if regularizer is not None else {})
         )
         told = {"training": label, "epochs": settings.epochs, "images_per_second": images / history[-1]["seconds"]}
         run.progress.event("epoch", **history[-1], **told)
@@ -268,15 +355,29 @@ def _fit(
     return result.requires_grad_(True).eval(), history
 
 
+def _pull(penalty: Tensor, student: nn.Module) -> Tensor:
+    """The penalty, whose gradient is added to those of the trained parameters."""
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    if penalty.requires_grad:  # some of what it is made of is trained
+        gradients = torch.autograd.grad(penalty, trained, allow_unused=True)
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+    return penalty.detach()
+
+
 @dataclass(frozen=True)
 class _Course:
     """All that changes while a network is trained."""
 
     student: nn.Module
     optimizer: torch.optim.Optimizer
-    average: nn.Module | None
+    average: AveragedModel | None
     companion: nn.Module | None
     memory: Memory | None
+    regularizer: Regularizer | None
+    narrowing: Narrowing | None
+    layout: torch.memory_format
 
     def state(self, history: list[dict[str, Any]], run: Run) -> State:
         tensors: dict[str, Tensor] = {}
@@ -288,20 +389,28 @@ class _Course:
                     tensors[f"optimizer.{number}.{name}"] = torch.as_tensor(value)
         for name, value in (self.memory.state() if self.memory else {}).items():
             tensors[f"memory.{name}"] = value
+        for name, value in (self.regularizer.state() if self.regularizer else {}).items():
+            tensors[f"sparsity.{name}"] = value
         for rank, numbers in enumerate(processes.gathered(_random_state(run.device))):
             tensors |= {f"random.{rank}.{name}": value for name, value in numbers.items()}
-        return State(tensors, {"epoch": len(history), "history": history})
+        narrowed = {"narrowed": self.narrowing.state()} if self.narrowing is not None else {}
+        return State(tensors, {"epoch": len(history), "history": history, **narrowed})
 
     def restore(self, state: State, run: Run) -> list[dict[str, Any]]:
         """Puts everything back where it was; the history."""
+        if self.narrowing is not None:
+            found = state.facts["narrowed"]
+            self.narrowing.restore(found, self.student, self.average, self.optimizer, self.layout)
         for role, module in self._modules():
             module.load_state_dict(under(state.tensors, f"{role}."))
         for number, parameter in enumerate(self._parameters()):
             values = under(state.tensors, f"optimizer.{number}.")
             if values:
-                self.optimizer.state[parameter] = {name: _like(parameter, value) for name, value in values.items()}
+                self.optimizer.state[parameter] = {name: like(parameter, value) for name, value in values.items()}
         if self.memory is not None:
             self.memory.restore(under(state.tensors, "memory."), self.student)
+        if self.regularizer is not None:
+            self.regularizer.restore(under(state.tensors, "sparsity."))
         numbers = under(state.tensors, f"random.{run.rank}.") or under(state.tensors, "random.0.")
         _restore_random_state(numbers, run.device)
         return list(state.facts["history"])
@@ -314,7 +423,7 @@ class _Course:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
 
-def _like(parameter: Tensor, value: Tensor) -> Tensor:
+def like(parameter: Tensor, value: Tensor) -> Tensor:
     """An optimizer's value on the device and in the memory order of its parameter: fused steps read both as one."""
     if value.shape != parameter.shape:
         return value.to(parameter.device)  # the number of steps

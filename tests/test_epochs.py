@@ -88,6 +88,10 @@ GENERATOR = {"latent": 16, "channels": 16, "steps": 4}
 STAGES: dict[str, Any] = {
     "sgd": train(),
     "adamw and ema": train(optimizer="adamw", lr=1e-3, ema=0.9),
+    "scales pulled to zero": train(sparsity={"use": "bn_scale", "weight": 0.05}, ema=0.9),
+    "channels pulled to zero by a growing force": distill(
+        losses=[KD], sparsity={"use": "growing", "goal": {"macs": 0.7}, "round_to": 2, "criterion": {"use": "random"}}
+    ),
     "only the head": train(only=["head.*"]),
     "kd and hints": distill(losses=[KD, {"use": "fitnets", "layers": {"down": "down"}}]),
     "views": distill(losses=[KD], views=2),
@@ -107,6 +111,19 @@ STAGES: dict[str, Any] = {
     "hard examples": distill(scheme={"use": "hard_examples", "student_steps": 3, **GENERATOR}, losses=[KD]),
     "qat": quantize(),
     "qat with a teacher and ema": quantize(distill={"losses": [KD]}, ema=0.9),
+    "narrowed while it is trained": Prune.model_validate_json(
+        json.dumps(
+            {"use": "prune", "goal": {"macs": 0.3}, "round_to": 2, "criterion": {"use": "fisher"}, "images": 32}
+            | {"schedule": {"use": "progressive", "end": 0.8, "every": 0.5}, "distill": {"losses": [KD]}}
+            | {"finetune": FIT | {"ema": 0.9}}
+        )
+    ),
+    "narrowed while adamw trains it": Prune.model_validate_json(
+        json.dumps(
+            {"use": "prune", "goal": {"macs": 0.3}, "round_to": 2, "criterion": {"use": "random"}}
+            | {"schedule": {"use": "progressive"}, "finetune": FIT | {"optimizer": "adamw", "lr": 1e-3}}
+        )
+    ),
     "pruned in steps": Prune.model_validate_json(
         json.dumps(
             {"use": "prune", "goal": {"macs": 0.3}, "round_to": 2, "steps": 2, "batchnorm_images": 64}

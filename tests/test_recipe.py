@@ -47,7 +47,7 @@ stages:
   - use: benchmark
 """
 STAGES = "train, prune, distill, quantize, export, verify, benchmark"
-KNOWN = STAGES.replace("quantize", "quantize, knowledge")
+KNOWN = STAGES.replace("prune", "prune, factorize, sparsify, cluster").replace("quantize", "quantize, knowledge")
 SOURCES = "known: folder, csv, cifar, huggingface, digits, or package.module:function for your own"
 KEYS = "name, seed, model, data, preprocess, target, stages, report"
 

@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Role = Literal["makes", "normalizes", "reads"]
-"""What a layer's weight is to the channels: its rows make them, scale them (BatchNorm), or read them."""
+Role = Literal["makes", "normalizes", "bends", "reads"]
+"""What a layer's weight is to the channels: its rows make them, scale them (BatchNorm), bend them (PReLU), or read
+them."""
 
 Need = Literal["weights", "scales", "gradients", "sampled_gradients", "mask_gradients", "activations"]
 """What has to be collected for a criterion; the weights are always there.

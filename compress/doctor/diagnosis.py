@@ -21,19 +21,11 @@ from compress.doctor.kernels import Kernels, kernels
 from compress.doctor.program import Program, litert_program, onnxruntime_program
 from compress.doctor.sizes import FileSize, file_size
 from compress.doctor.switches import groups
-from compress.doctor.widths import (
-    MOST_LAYERS,
-    Placed,
-    Widths,
-    candidates,
-    in_turns,
-    measure_widths,
-    place_layers,
-    runtimes_of,
-)
+from compress.doctor.widths import MOST_LAYERS, Widths, candidates, in_turns, measure_widths, runtimes_of
 from compress.errors import CompressError, ModelError
 from compress.formats.tflite import to_tflite
 from compress.formats.weight_only import float16_weights
+from compress.latency.shapes import Placed, place_layers
 from compress.product import Batch, Network, Preprocess, Structure
 from compress.progress import Progress
 from compress.quantization import calibrate, fold_batchnorm, prepare
@@ -340,7 +332,7 @@ def times_ms(contents: Sequence[bytes], runtime: Runtime, seconds: float) -> lis
         for path, content in zip(paths, contents, strict=True):
             path.write_bytes(content)
         models = [open_model(path, runtime, threads=1) for path in paths]
-        return [us / 1000 for us in in_turns(models, seconds=seconds * len(models))]
+        return [us / 1000 for us in in_turns(models, sample_s=seconds)]
 
 
 def cpu_name() -> str:

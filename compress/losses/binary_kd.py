@@ -5,10 +5,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from compress.labels import Task
 from compress.losses.lesson import Lesson, Term
+from compress.tasks.multi_label import divergence
 
 
 def binary_soft_targets(student_NK: Tensor, teacher_NK: Tensor, temperature: float) -> Tensor:
@@ -18,11 +18,7 @@ def binary_soft_targets(student_NK: Tensor, teacher_NK: Tensor, temperature: flo
     labels, so a weight of theirs is K times one of ours. Towards infinite temperature it becomes an eighth of the mean
     squared distance of the logits.
     """
-    student_NK, teacher_NK = student_NK / temperature, teacher_NK / temperature
-    yes_NK, no_NK = F.logsigmoid(teacher_NK), F.logsigmoid(-teacher_NK)
-    divergence_NK = yes_NK.exp() * (yes_NK - F.logsigmoid(student_NK))
-    divergence_NK = divergence_NK + no_NK.exp() * (no_NK - F.logsigmoid(-student_NK))
-    return divergence_NK.mean() * temperature**2
+    return divergence(student_NK / temperature, teacher_NK / temperature).mean() * temperature**2
 
 
 class BinarySoftTargets(Term):

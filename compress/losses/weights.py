@@ -179,12 +179,18 @@ def _alignment(name: str, student: Layer, teacher: Layer, channels: KeptChannels
     return Alignment(mine, theirs, first, second)
 
 
+def _taken_out(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the layer was in a block that is the identity now."""
+    parts = name.split(".")
+    return any(isinstance(modules.get(".".join(parts[:end])), nn.Identity) for end in range(1, len(parts)))
+
+
 def _refuse_one_folded(student: nn.Module, teacher: nn.Module) -> None:
     """Raises ModelError where one network has BatchNorm within its weights and the other next to them."""
     mine, theirs = dict(student.named_modules()), dict(teacher.named_modules())
     for who, one, other in (("teacher", theirs, mine), ("student", mine, theirs)):
         for name, layer in one.items():
-            if isinstance(layer, BATCHNORMS) and name not in other:
+            if isinstance(layer, BATCHNORMS) and name not in other and not _taken_out(name, other):
                 raise ModelError(
                     f"{PLACE}: layer {name}",
                     f"only the {who} has this BatchNorm: the other's is part of its weights, which are scaled by it",

@@ -6,7 +6,7 @@ depthwise convolution keeps the same channels on both sides, a grouped one the s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 
 import torch
@@ -52,11 +52,13 @@ def kept_weight(name: str, layer: nn.Module, channels: KeptChannels) -> Tensor:
     return _sliced(name, layer, channels)["weight"]
 
 
-def within(student: Mapping[str, KeptChannels], teacher: Mapping[str, KeptChannels]) -> dict[str, KeptChannels] | None:
+def within(
+    student: Mapping[str, KeptChannels], teacher: Mapping[str, KeptChannels], dropped: Sequence[str] = ()
+) -> dict[str, KeptChannels] | None:
     """One step from the network that kept `teacher` to the one that kept `student`, both of the same factory's network.
 
     `compose(teacher, within(student, teacher))` is `student`. None where the student has a channel that the teacher has
-    not.
+    not. The student has nothing of the blocks that it `dropped`.
     """
 
     def places(mine: tuple[int, ...] | None, theirs: tuple[int, ...] | None) -> tuple[int, ...] | None:
@@ -69,6 +71,8 @@ def within(student: Mapping[str, KeptChannels], teacher: Mapping[str, KeptChanne
 
     step: dict[str, KeptChannels] = {}
     for name in {**teacher, **student}:
+        if inside(name, dropped):
+            continue
         mine, theirs = student.get(name, KeptChannels()), teacher.get(name, KeptChannels())
         try:
             outputs, inputs = places(mine.outputs, theirs.outputs), places(mine.inputs, theirs.inputs)
@@ -77,6 +81,11 @@ def within(student: Mapping[str, KeptChannels], teacher: Mapping[str, KeptChanne
         if outputs is not None or inputs is not None:
             step[name] = KeptChannels(outputs=outputs, inputs=inputs, groups=mine.groups)
     return step
+
+
+def inside(name: str, blocks: Iterable[str]) -> bool:
+    """Whether the layer of that name is one of those blocks, or in one."""
+    return any(name == block or name.startswith(f"{block}.") for block in blocks)
 
 
 def compose(first: Mapping[str, KeptChannels], then: Mapping[str, KeptChannels]) -> dict[str, KeptChannels]:

@@ -5,6 +5,7 @@
     runs/<name>/stages/01-train/     one folder per stage, complete or absent
     runs/<name>/stages/02-distill.training/   what the trainings of a stage that is not complete have reached
     runs/<name>/controls/no_distillation/   another such folder: the run without teachers, if the recipe asks for it
+    runs/<name>/controls/uniform_width/ ... and those of simpler networks that are as fast: see `controls`
 
 A manifest's `key` hashes all that can change the stage's result: its settings, what the stages before it made, data,
 seed, our code and the libraries. A stage whose key and files are still those of its manifest is not run again.
@@ -25,6 +26,7 @@ from compress import manifest, processes
 from compress import recipe as recipes
 from compress.data import open_data
 from compress.errors import CompressError, GateError
+from compress.pipeline.controls import run_controls
 from compress.pipeline.facts import facts_of, now
 from compress.pipeline.faults import own_folder
 from compress.pipeline.fold import Fold, load_product
@@ -101,6 +103,10 @@ def run_recipe(
         timed = all(stage.use == "benchmark" for stage in recipe.stages[until:]) if until is not None else True
         if recipe.report.ablate_distillation and timed:
             outcome = replace(outcome, control=_without_distillation(fold, command))
+        if recipe.report.asked and timed:
+            wrong = run_controls(fold, lambda control: _run_stages(control, command))
+            if wrong:
+                raise GateError("report.controls", "; ".join(wrong), "the run itself is complete; run it again")
         return outcome
 
 

@@ -84,6 +84,8 @@ class Fold:
     """Of the stages, where they are not their places: a control keeps those of its run, and so seeds and folders."""
     twin: Path | None = None
     """A run's folder whose stages of the same key are taken over."""
+    reseeded: tuple[int, int] = (0, 0)
+    """From which stage's number on seeds are others, and by how much: trainings of one parent that differ in chance."""
     store: Path | None = None
     """Where runs share finished stages; see `compress.pipeline.store`."""
 
@@ -98,7 +100,7 @@ class Fold:
     def step(self, index: int, stage: StageSettings | None, label: str) -> bool:
         """Brings the fold past one stage; whether an earlier run's result served."""
         place = self.folder / "stages" / label
-        self.key = self._stage_key(stage) if stage else self._first_key()
+        self.key = self._stage_key(index, stage) if stage else self._first_key()
         # What was timed elsewhere says nothing of now.
         store = self.store if self.rank == 0 and not (stage and stage.use == "benchmark") else None
         with shelved(store, self.key, label, self.notes.shown) as shelf:
@@ -281,7 +283,13 @@ class Fold:
         return facts
 
     def _seed(self, index: int) -> int:
-        return (self.recipe.seed + 1000 * self.number(index)) % 2**31
+        number = self.number(index)
+        return (self.recipe.seed + 1000 * number + self._more(number)) % 2**31
+
+    def _more(self, number: int) -> int:
+        """What a stage's seed is moved by."""
+        first, more = self.reseeded
+        return more if number >= first else 0
 
     def _recipe_hash(self, index: int) -> str:
         """Of the recipe up to this stage: files do not change with what is done to them later."""
@@ -302,12 +310,14 @@ class Fold:
             self.device.type,
         )
 
-    def _stage_key(self, stage: StageSettings) -> str:
+    def _stage_key(self, index: int, stage: StageSettings) -> str:
         machine: list[Any] = []
+        if more := self._more(self.number(index)):
+            machine.append(["seed", more])
         if stage.use in OF_FILES:
             machine.append(manifest.versions(manifest.FILE_PACKAGES))
         if stage.use == "benchmark":
-            machine += [self.recipe.target, processes.shared(self._measured_by)]
+            machine += [self.recipe.target, processes.shared(self.what_measures)]
         lessons = processes.shared(lambda: lessons_of(stage, self.base, self.notes.shown))
         return manifest.key(self.chain, self.made, stage.model_dump(mode="json"), lessons, machine)
 
@@ -339,11 +349,11 @@ class Fold:
                     check_stage(module, self.recipe.preprocess)
             write_int8(self.recipe, module)
             if any(stage.use == "benchmark" for stage in self.recipe.stages):
-                self._measured_by()
+                self.what_measures()
 
         processes.shared(ask)
 
-    def _measured_by(self) -> dict[str, Any]:
+    def what_measures(self) -> dict[str, Any]:
         """What measures, asked once: a board that cannot be reached is found out before hours of training."""
         if not self.machine:
             self.machine = measured_by(self.recipe.target, self.notes.shown, self.setup)

@@ -15,7 +15,7 @@ from compress.pruning.goal import Cost
 from compress.pruning.ranking import Ranking
 
 
-def choose(ranked: Sequence[Ranking], cost: Cost, *, most: int, scope: Literal["global", "local"]) -> list[int]:
+def choose(ranked: Sequence[Ranking], cost: Cost, *, most: float, scope: Literal["global", "local"]) -> list[int]:
     """How many units of each ranking stay, so that their `cost` is at most `most` and close to it.
 
     `global`: blocks of all rankings go in the order of their mean score until the cost is low enough; then whatever

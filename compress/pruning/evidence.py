@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ from compress.data.sample import sample, sample_size
 from compress.errors import ModelError
 from compress.models.coupled import Coupled, Side, channel_rows
 from compress.product import Batch, Run
-from compress.training import labels_loss, outputs_loss
+from compress.tasks import task_of
+from compress.training import OutputsLoss, labels_loss, outputs_loss
 
 SCORED_AT_ONCE = 32
 """Images in a mini-batch whose gradient enters `taylor`: the more, the more do opposite gradients cancel out."""
@@ -60,10 +61,10 @@ def evidence_of(
         layer, key = module.get_submodule(name), f"{name}.weight"
         if key not in parameters:  # BatchNorm without a scale
             continue
-        weights.append(_unit_rows(layer, side, parameters[key].detach(), channels))
+        weights.append(unit_rows(layer, side, parameters[key].detach(), channels))
         roles.append(_role(layer, side))
         if collected.gradients:
-            gradients.append(_unit_rows(layer, side, collected.gradients[key], channels))
+            gradients.append(unit_rows(layer, side, collected.gradients[key], channels))
     if criterion.needs == "scales" and "normalizes" not in roles:
         way_out = f"keep it (`keep: [{coupled.producers[0]}]`), or use another criterion"
         raise ModelError(coupled.producers[0], f"no BatchNorm scales its channels, as `{criterion.use}` needs", way_out)
@@ -83,7 +84,7 @@ def root_mean_square_gradients(
 ) -> dict[str, Tensor]:
     """By parameter, the root mean square of the loss's gradient over mini-batches of `at_once` images.
 
-    `sampled`: the labels are drawn from the network's answers.
+    `sampled`: the labels are drawn from the network's answers, and the loss is their -log p in nats.
     """
     copied = copy.deepcopy(module).to(run.device).requires_grad_(True).eval()
     squares: dict[str, Tensor] = {}
@@ -101,9 +102,11 @@ def root_mean_square_gradients(
 
 
 def mask_gradients(module: nn.Module, sets: Sequence[Coupled], run: Run, images: int) -> list[Tensor]:
-    """(images, units) for each set: the derivative of each image's loss by a factor on what is read of the unit, at 1.
+    """(images, units) for each set: the derivative of each image's -log p by a factor on what is read of the unit, at
+    1, in nats.
 
-    The labels are drawn from the network's answers. A unit whose factor is 0 is read as zeros everywhere.
+    The labels are drawn from the network's answers, as the task has it. A unit whose factor is 0 is read as zeros
+    everywhere.
     """
     copied = copy.deepcopy(module).to(run.device).requires_grad_(False).eval()
     found: list[list[Tensor]] = [[] for _ in sets]
@@ -146,16 +149,21 @@ def _losses(
     module: nn.Module, run: Run, images: int, at_once: int, sampled: bool
 ) -> Iterator[tuple[Batch, Callable[[nn.Module, Batch], Tensor], Callable[[str], None]]]:
     """Each mini-batch on the run's device, with the loss and what tells of progress."""
-    generator = torch.Generator().manual_seed(run.seed)
+    generator, rules = torch.Generator().manual_seed(run.seed), task_of(run.data.task)
+    # The Fisher information is of the distribution that is drawn from: no weights of classes, no mean over labels.
+    loss = labels_loss(_mean_of(rules.surprise) if sampled else outputs_loss(run.data))
     with run.progress.steps("prune  gradients", max(1, sample_size(run, images) // at_once)) as advance:
         for batch in sample(run, images, batch_size=at_once):
             batch = batch.to(run.device)
             if sampled:
                 with torch.no_grad():
-                    probabilities_NK = module(batch.images_NCHW).softmax(1).cpu()
-                drawn_N = torch.multinomial(probabilities_NK, 1, generator=generator)[:, 0].to(run.device)
-                batch = Batch(batch.images_NCHW, drawn_N)
-            yield batch, labels_loss(outputs_loss(run.data)), advance
+                    outputs_NK = module(batch.images_NCHW).cpu()
+                batch = replace(batch, labels_N=rules.drawn(outputs_NK, generator).to(run.device))
+            yield batch, loss, advance
+
+
+def _mean_of(surprise: OutputsLoss) -> OutputsLoss:
+    return lambda outputs, labels: surprise(outputs, labels).mean()
 
 
 @contextmanager
@@ -218,9 +226,11 @@ def _axis(layer: nn.Module) -> int:
 def _role(layer: nn.Module, side: Side) -> Role:
     if side == "inputs":
         return "reads"
-    return "makes" if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)) else "normalizes"
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        return "normalizes"
+    return "bends" if isinstance(layer, nn.PReLU) else "makes"
 
 
-def _unit_rows(layer: nn.Module, side: Side, weight: Tensor, channels: Tensor) -> Tensor:
-    """(units, elements): what each unit takes out of the weight."""
+def unit_rows(layer: nn.Module, side: Side, weight: Tensor, channels: Tensor) -> Tensor:
+    """(units, elements): what each unit takes out of the weight of the layer, or out of its gradient."""
     return channel_rows(layer, side, weight)[channels.flatten()].reshape(len(channels), -1)

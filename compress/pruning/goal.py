@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 from torch import nn
 
 from compress.errors import ModelError
 from compress.measures import layers as measured_layers
 from compress.models.coupled import Coupled, Side, depthwise
 from compress.settings import Settings
+from compress.targets import Runtime
 
-Cost = Callable[[Sequence[int]], int]
-"""A network's multiply-adds as a function of how many units of each set of coupled channels stay."""
+Cost = Callable[[Sequence[int]], float]
+"""A network's multiply-adds, or its time, as a function of how many units of each set of coupled channels stay."""
 
 
 class MacGoal(Settings):
@@ -27,7 +29,7 @@ class MacGoal(Settings):
         """What the pruned network may need, given what the whole one needs."""
         return int(self.macs * before)
 
-    def refuse_out_of_reach(self, before: int, least: int, place: str) -> None:
+    def refuse_out_of_reach(self, before: int, least: float, place: str) -> None:
         """Raises ModelError where even the narrowest network, of `least` multiply-adds, needs more."""
         if least > self.most_macs(before):
             raise ModelError(
@@ -36,6 +38,60 @@ class MacGoal(Settings):
                 f"{math.ceil(1000 * least / before) / 1000:g} of the multiply-adds remain",
                 "raise max_ratio or layer_ratios, lower round_to, or keep fewer layers",
             )
+
+
+class TimeGoal(Settings):
+    """How fast the int8 file has to be on the recipe's target."""
+
+    runtime: Runtime = "litert"
+    """The one that will run it."""
+    threads: int = Field(default=1, ge=1)
+
+
+class FpsGoal(TimeGoal):
+    """Frames per second of the int8 file."""
+
+    fps: float = Field(gt=0)
+
+    @property
+    def text(self) -> str:
+        return f"fps: {self.fps:g}"
+
+    def most_us(self, parent_us: float) -> float:
+        """Microseconds that the pruned network's int8 file may take."""
+        return 1e6 / self.fps
+
+
+class SpeedupGoal(TimeGoal):
+    """How many times as fast as the float file of the parent, in the same runtime, the int8 file has to be."""
+
+    speedup: float = Field(gt=1)
+
+    @property
+    def text(self) -> str:
+        return f"speedup: {self.speedup:g}"
+
+    def most_us(self, parent_us: float) -> float:
+        """Microseconds that the pruned network's int8 file may take, where the parent's float file takes so many."""
+        return parent_us / self.speedup
+
+
+GOALS = ("macs", "fps", "speedup")
+
+
+def _which(section: Any) -> str | None:
+    found = [name for name in GOALS if (name in section if isinstance(section, dict) else hasattr(section, name))]
+    return found[0] if len(found) == 1 else None
+
+
+Goal = Annotated[
+    Annotated[MacGoal, Tag("macs")] | Annotated[FpsGoal, Tag("fps")] | Annotated[SpeedupGoal, Tag("speedup")],
+    Discriminator(
+        _which,
+        custom_error_type="no_such_goal",
+        custom_error_message=f"one of {', '.join(GOALS)}: a share of the multiply-adds, or the speed of the int8 file",
+    ),
+]
 
 
 def cost_of(module: nn.Module, sets: Sequence[Coupled], size: int, channels: int = 3) -> Cost:

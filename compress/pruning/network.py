@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from compress.criteria import CriterionSettings
 from compress.criteria.magnitude import Magnitude
 from compress.data.sample import sample
-from compress.errors import ModelError
 from compress.measures import macs
 from compress.models.coupled import Coupled, find_coupled
 from compress.models.patterns import Pattern
+from compress.models.rebuild import refuse_to_cut
 from compress.models.structure import compose, resize
 from compress.product import KeptChannels, Network, Run
 from compress.pruning.choose import choose, kept_channels
 from compress.pruning.goal import MacGoal, cost_of
 from compress.pruning.limits import Ratio, least_widths, widths
+from compress.pruning.ramp import Ramp, share_left
 from compress.pruning.ranking import rank
 from compress.settings import Settings
 from compress.training import reestimated_batchnorm
@@ -61,6 +62,7 @@ def prune_network(
     run: Run,
     around: Mapping[str, KeptChannels] | None = None,
     after: Callable[[Network, int], nn.Module] | None = None,
+    ramp: Ramp = "geometric",
     place: str = "pruning",
 ) -> Network:
     """The network without its least important channels; nothing is trained, unless `after` does that.
@@ -74,11 +76,10 @@ def prune_network(
     out of reach.
     """
     pruning, size, channels = pruning or Pruning(), run.data.preprocess.size, run.data.preprocess.channels
-    if network.structure.quantize is not None:
-        raise ModelError(place, "the network is already quantized", "put prune before quantize")
+    refuse_to_cut(network.structure, place)
     before = macs(network.module, size, channels)
     most = goal.most_macs(before)
-    least = _least_widths(network.module, pruning, place)
+    least = least_of(network.module, pruning, place)
     generator = torch.Generator().manual_seed(run.seed)
     module, structure = network.module, network.structure
     for step in range(1, pruning.steps + 1):
@@ -99,8 +100,9 @@ def prune_network(
         )
         cost = cost_of(module, sets, size, channels)
         goal.refuse_out_of_reach(before, cost([ranking.widths[-1] for ranking in ranked]), place)
-        # Exact in the last step, where the power is 1.
-        now = most if step == pruning.steps else round(before * (most / before) ** (step / pruning.steps))
+        # Exact in the last step, where all of the way is behind.
+        left = share_left(step / pruning.steps, most / before, ramp)
+        now = most if step == pruning.steps else round(before * left)
         removed = kept_channels(module, sets, ranked, choose(ranked, cost, most=now, scope=pruning.scope))
         module = copy.deepcopy(module)
         resize(module, removed)
@@ -124,7 +126,7 @@ def refuse_unreachable(
     """Raises ModelError where `prune_network` would for what can be known without data: patterns, the goal."""
     pruning = pruning or Pruning()
     sets, _ = find_coupled(module, size, channels)
-    least = _least_widths(module, pruning, place)
+    least = least_of(module, pruning, place)
     fewest = [widths(coupled, module, least, pruning.round_to)[-1] for coupled in sets]
     least_macs = cost_of(module, sets, size, channels)(fewest)
     goal.refuse_out_of_reach(macs(module, size, channels), least_macs, place)
@@ -141,7 +143,8 @@ def _shared_units(coupled: Coupled, kept: Mapping[str, KeptChannels], narrower: 
     return shared
 
 
-def _least_widths(module: nn.Module, pruning: Pruning, place: str) -> dict[str, float]:
+def least_of(module: nn.Module, pruning: Pruning, place: str) -> dict[str, float]:
+    """How narrow each layer may become, by its name. Raises ModelError for a pattern that matches nothing."""
     return least_widths(
         module, max_ratio=pruning.max_ratio, layer_ratios=pruning.layer_ratios, keep=pruning.keep, place=place
     )

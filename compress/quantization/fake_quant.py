@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from compress.holding import held, hold
+
 QMIN, QMAX = 0, 255
 WEIGHT_QMAX = 127
 """Weights use -127..127: symmetric, so that zero points are zero and no kernel overflows on -128 x -128."""
@@ -312,6 +314,7 @@ class _QuantizedWeight:
         new.bits = bits
         scales = weight_scales(self.weight_by_output(), bits)
         new.register_parameter("log_weight_scale", nn.Parameter(scales.log()) if learned else None)
+        hold(new, held(old))
 
 
 class QuantizedConv2d(_QuantizedWeight, nn.Conv2d):

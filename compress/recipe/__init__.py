@@ -25,6 +25,7 @@ from compress.errors import ModelError, RecipeError
 from compress.models import ModelSettings, own_preprocess, refuse_unknown
 from compress.product import Preprocess
 from compress.quantization.precision import simulated
+from compress.recipe.controlled import CONTROLS, ControlName, Controls
 from compress.recipe.draft import Mistake, lay_over, read
 from compress.recipe.explain import explain, uses
 from compress.recipe.target import TargetName
@@ -33,6 +34,7 @@ from compress.recipe.words import Keys, dotted, plain, shown
 from compress.settings import SEVERAL, Settings
 from compress.stages import StageSettings
 from compress.stages.export import SIMULATED
+from compress.targets import is_emulated
 from compress.teachers.stage import mistake
 
 __all__ = [
@@ -48,9 +50,19 @@ __all__ = [
     "resolved",
     "schema",
     "teacher_mistakes",
+    "unsuited",
 ]
 
-CHANGES = ("train", "prune", "distill", "quantize")
+COMPRESSES = ("prune", "factorize", "sparsify", "cluster", "quantize")
+"""Stages after which the network is another one than its parent."""
+CHANGES = ("train", *COMPRESSES, "distill")
+BEFORE = {
+    "prune": (("factorize", "sparsify", "cluster"), "channels cannot be taken out of layers that were {} already"),
+    "factorize": (("sparsify", "cluster"), "two layers would not have the weights that were {} already"),
+    "sparsify": (("cluster",), "zeros would break the values that weights share since they were {}"),
+}
+"""What has to come after a stage, and why."""
+DONE = {"factorize": "factored", "sparsify": "made sparse", "cluster": "clustered"}
 """Stages that return another network than they got."""
 
 
@@ -60,6 +72,16 @@ class ReportSettings(Settings):
     ablate_distillation: bool = False
     """After the last stage, train the same network without any teacher, in `controls/no_distillation` of the run's
     folder, and show what distillation gained or lost. Stages before the first with a teacher do not run again."""
+    controls: bool | Controls = False
+    """After the last stage, make simpler networks that are as fast and were trained as long, in `controls/` of the
+    run's folder, and say which of them the network beats, ties with or loses to. `true`: all, with one seed each."""
+
+    @property
+    def asked(self) -> Controls | None:
+        """The controls that are asked for, if any."""
+        if isinstance(self.controls, Controls):
+            return self.controls
+        return Controls() if self.controls else None
 
 
 class Recipe(Settings):
@@ -89,6 +111,7 @@ class Recipe(Settings):
         if self.report.ablate_distillation and not any(map(_distills, stages)):
             reason = "no stage has a teacher, so there is nothing to leave out; add a `distill`, or take this away"
             mistakes.append((("report", "ablate_distillation"), reason))
+        mistakes += _control_mistakes(self.report, stages, self.target)
         mistakes += task_mistakes(self.stages, getattr(self.data, "task", "classification"))
         if mistakes:
             text = "; ".join(f"{dotted(keys)}: {reason}" for keys, reason in mistakes)
@@ -160,13 +183,20 @@ def order_mistakes(stages: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]
         if use == "prune" and "quantize" in last:
             way_out = f"move it before quantize (stages.{last['quantize']})"
             mistakes.append((index, f"fake-quantized layers have no room for channel removal; {way_out}"))
+        if use in ("factorize", "sparsify", "cluster") and "quantize" in last:
+            way_out = f"move it before quantize (stages.{last['quantize']})"
+            mistakes.append((index, f"the network is quantized already; {way_out}"))
+        for later in BEFORE[use][0] if use in BEFORE else ():
+            if later in last:
+                way_out = f"move it before {later} (stages.{last[later]})"
+                mistakes.append((index, f"{BEFORE[use][1].format(DONE[later])}; {way_out}"))
         if use == "quantize" and "quantize" in last:
             way_out = "go on training with `train` or `distill`"
             mistakes.append((index, f"the network is quantized already (stages.{last['quantize']}); {way_out}"))
-        if _teacher(stage) == "parent" and not last.keys() & {"prune", "quantize"}:
+        if _teacher(stage) == "parent" and not last.keys() & {*COMPRESSES}:
             problem = "nothing is pruned or quantized yet, so the teacher `parent` is the student itself"
             mistakes.append((index, f"{problem}; move this stage down or name another teacher"))
-        if use == "knowledge" and not last.keys() & {"prune", "quantize"}:
+        if use == "knowledge" and not last.keys() & {*COMPRESSES}:
             problem = "nothing is pruned or quantized yet, so the network would be compared with itself"
             mistakes.append((index, f"{problem}; move this stage down"))
         if use in ("verify", "benchmark") and "export" not in last:
@@ -189,7 +219,7 @@ def kind_mistakes(stages: Sequence[Mapping[str, Any]]) -> list[tuple[Keys, str]]
     mistakes: list[tuple[Keys, str]] = []
     pruned, quantized, bits = False, False, ""
     for index, stage in enumerate(stages):
-        pruned = pruned or stage["use"] == "prune"
+        pruned = pruned or stage["use"] in COMPRESSES[:-1]
         if stage["use"] == "quantize":
             quantized, bits = True, _simulated(stage)
         kinds = stage.get("kinds") if stage["use"] == "export" else None
@@ -257,6 +287,47 @@ def _teacher(stage: Mapping[str, Any]) -> Any:
     return teacher.get("use") if isinstance(teacher, Mapping) else teacher
 
 
+def _control_mistakes(
+    report: ReportSettings, stages: Sequence[Mapping[str, Any]], target: str
+) -> list[tuple[Keys, str]]:
+    """(keys, reason) of controls that have nothing to be compared with, or by."""
+    asked = report.asked
+    if asked is None:
+        return []
+    keys: Keys = ("report", "controls")
+    uses = [stage["use"] for stage in stages]
+    changed = max((place for place, use in enumerate(uses) if use in ("prune", "quantize")), default=-1)
+    if changed < 0:
+        return [(keys, "nothing is pruned or quantized, so there is nothing to compare; add such a stage")]
+    if is_emulated(target):
+        return [(keys, "controls are as fast as the network, and an emulated target times nothing; name another")]
+    exported = max((place for place, use in enumerate(uses) if use == "export"), default=-1)
+    if exported < changed or "verify" not in uses[exported:]:
+        problem = "files are compared, by time and image by image"
+        return [(keys, f"{problem}; put `export` and `verify` behind stages.{changed}")]
+    return [
+        ((*keys, "which"), f"{name}: {reason}")
+        for name in asked.which or ()
+        if (reason := unsuited(name, stages)) and name != "mac_pruning"
+    ]
+
+
+def unsuited(name: ControlName, stages: Sequence[Mapping[str, Any]]) -> str:
+    """Why these stages leave no room for that control; empty where they do. A stage is given as a recipe says it."""
+    prunes = [stage for stage in stages if stage["use"] == "prune"]
+    if name == "no_distillation":
+        return "" if any(map(_distills, stages)) else "no stage has a teacher, so there is nothing to leave out"
+    if name == "ptq_only":
+        return "" if any(stage["use"] == "quantize" for stage in stages) else "no stage quantizes"
+    if not prunes and name == "lower_resolution":
+        return "nothing is pruned, so a network of smaller images would only be faster"
+    if not prunes:
+        return "no stage prunes"
+    if name == "mac_pruning" and all("macs" in stage["goal"] and stage.get("scope") != "local" for stage in prunes):
+        return "the recipe prunes to multiply-adds itself"
+    return ""
+
+
 def _distills(stage: Mapping[str, Any]) -> bool:
     """Whether a stage, as a recipe says it, has a teacher."""
     return stage["use"] == "distill" or stage.get("distill") is not None
@@ -288,6 +359,11 @@ def notes(recipe: Recipe) -> list[str]:
     for stage in recipe.stages:
         if stage.use == "quantize" and (bits := _simulated(stage.model_dump(mode="json"))):
             found.append(f"{SIMULATED.format(bits=bits)}: no int8 file is written")
+    if asked := recipe.report.asked:
+        stages = [stage.model_dump(mode="json") for stage in recipe.stages]
+        which = [name for name in asked.which or CONTROLS if not unsuited(name, stages)]
+        trainings = asked.seeds * (len(which) + 1) - 1
+        found.append(f"controls make {trainings} more networks, each trained as long: {', '.join(which)}")
     if recipe.report.ablate_distillation:
         stages = [stage.model_dump(mode="json") for stage in recipe.stages]
         first = next(index for index, stage in enumerate(stages) if _distills(stage))

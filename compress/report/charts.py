@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, Literal
 from xml.sax.saxutils import quoteattr
 
@@ -39,6 +40,8 @@ COLOURS = {
 }
 INK, MUTED, LINE, PARENT, FLOAT, INT8, PAGE, BAD, FLOAT16, INT8_WEIGHTS = COLOURS
 OF_KIND = {"parent": PARENT, "float": FLOAT, "float16": FLOAT16, "int8_weights": INT8_WEIGHTS, "int8": INT8}
+WIDTHS = 12
+"""Of a set of channels that are drawn: more would be no wider than a letter's stroke."""
 MARKERS = ("o", "s", "^", "D")
 
 STYLE: dict[Any, Any] = {
@@ -209,6 +212,153 @@ def channels(layers: list[dict[str, Any]]) -> str:
         handles += [Line2D([], [], marker="s", linestyle="", color=LINE, label="removed")]
         figure.legend(handles=handles, loc="outside upper left", ncols=2, handletextpad=0.2, columnspacing=1.2)
     return out[0]
+
+
+def controls(found: dict[str, Any], score: Score = wording.ACCURACY) -> str:
+    """Score and latency of each control and of the network itself, a row each: at equal latency, points in one plane
+    would lie on each other. Small marks are seeds, the bar spans them; lines mark the network's own figures.
+    """
+    rows = [row for row in found["rows"] if row["mean"] is not None]
+    if len(rows) < 2:
+        return ""
+    factor = 100 if score.percent else 1
+    timed = [row for row in rows if row["latency_ms"] is not None]
+    colours = {"win": PARENT, "tie": MUTED, "lose": BAD, "trade": FLOAT}
+    said = "; ".join(f"{row['name']} {row['accuracy_said']} at {wording.ms(row['latency_ms'])}" for row in rows)
+    height = 96 + 24 * len(rows)
+    margins = {"left": 0.37, "right": 0.97, "bottom": 56 / height, "top": 1 - 28 / height, "wspace": 0.14}
+    with _drawing("controls", height=height, label=f"Controls: {said}", margins=margins) as (figure, out):
+        left, right = figure.subplots(1, 2, sharey=True)
+        for place, row in enumerate(rows):
+            colour = INT8 if row["ours"] else colours.get(row["verdict"], MUTED)
+            marker = "D" if row["ours"] else "o"
+            values = [factor * value for value in row["accuracies"]]
+            left.plot([min(values), max(values)], [place, place], color=colour, linewidth=2, zorder=2)
+            if len(values) > 1:
+                left.plot(values, [place] * len(values), linestyle="", marker="|", markersize=9, color=colour, zorder=2)
+            mark = {"marker": marker, "markersize": 9, "color": colour, "markeredgecolor": PAGE, "zorder": 3}
+            left.plot(factor * row["mean"], place, **mark)
+            if row["latency_ms"] is not None:
+                right.plot(row["latency_ms"], place, **mark)
+        own = next((row for row in rows if row["ours"]), None)
+        if own:
+            left.axvline(factor * own["mean"], color=INT8, linewidth=1, alpha=0.5, zorder=1)
+            if own["latency_ms"] is not None:
+                right.axvline(own["latency_ms"], color=INT8, linewidth=1, alpha=0.5, zorder=1)
+        left.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=14)
+        left.set_ylim(len(rows) - 0.5, -0.5)
+        ends = [factor * value for row in rows for value in row["accuracies"]]
+        room = max(0.12 * (max(ends) - min(ends)), 0.01 * factor)
+        left.set_xlim(min(ends) - room, max(ends) + room)
+        if timed:
+            right.set_xlim(0, 1.15 * max(row["latency_ms"] for row in timed))
+        for axes, title in ((left, f"{score.name}, %" if score.percent else score.name), (right, "p50, ms")):
+            axes.xaxis.set_major_locator(MaxNLocator(2 if axes is right else 3))
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+            axes.grid(True, axis="x")
+            axes.spines["left"].set_visible(False)
+            axes.set_title(title, fontsize=14, color=MUTED)
+        words = {"lose": "better", "trade": "a trade", "tie": "a tie", "win": "beaten"}
+        there = [verdict for verdict in words if any(row["verdict"] == verdict for row in rows)]
+        handles = [Line2D([], [], marker="D", linestyle="", color=INT8, label="this")]
+        handles += [
+            Line2D([], [], marker="o", linestyle="", color=colours[verdict], label=words[verdict]) for verdict in there
+        ]
+        figure.legend(
+            handles=handles, loc="lower left", ncols=len(handles), handletextpad=0.1, columnspacing=0.7, borderpad=0
+        )
+    return out[0]
+
+
+def sensitivity(found: dict[str, Any]) -> str:
+    """A strip for each set of coupled channels, from all of them to few: the stronger the colour, the more its removal
+    changes the outputs. A mark stands where the network is now.
+    """
+    sets = [one for one in found["sets"] if len(one["curve"]) > 1]
+    if not sets:
+        return ""
+    by = found["by"]
+    costs = [_costs(one["curve"], by) for one in sets]
+    known = [cost for own in costs for cost in own if cost is not None]
+    if not known:
+        return ""
+    # One layer that breaks the network must not make all others look harmless.
+    strongest = sorted(known)[int(0.95 * (len(known) - 1))] or max(known) or 1.0
+    row = 17.6
+    height = 86 + row * len(sets)
+    longest = max(len(_shortened(one["name"])) for one in sets)
+    margins = {"left": 0.03 + 0.0212 * longest, "right": 0.97, "bottom": 30 / height, "top": 1 - 56 / height}
+    with _drawing("sensitivity", height=height, label=_sensitivity_in_words(sets), margins=margins) as (figure, out):
+        axes = figure.add_subplot()
+        for place, (one, own) in enumerate(zip(sets, costs, strict=True)):
+            for (wide, _), (narrow, cost) in _cells(one["curve"], own):
+                alpha = 0.0 if cost is None else min(1.0, max(0.0, cost) / strongest) ** 0.5
+                axes.barh(
+                    place, wide - narrow, left=narrow, height=0.86, color=BAD if cost is not None else LINE,
+                    alpha=max(0.05, alpha) if cost is not None else 0.5, linewidth=0,
+                )  # fmt: skip
+            if one["share"] is not None:
+                axes.plot([one["share"]] * 2, [place - 0.43, place + 0.43], color=INK, linewidth=2.4, zorder=3)
+        axes.set_yticks(range(len(sets)), [_shortened(one["name"]) for one in sets], fontsize=14)
+        axes.set_ylim(len(sets) - 0.4, -0.6)
+        axes.set_xlim(1.015, 0)
+        axes.set_xticks([1, 0.75, 0.5, 0.25, 0], ["100%", "75", "50", "25", "0"])
+        axes.tick_params(axis="x", labeltop=True, labelbottom=False)
+        axes.spines[["bottom", "left"]].set_visible(False)
+        top = f"{strongest:.2g} nats" if by == "kl" else f"{100 * strongest:.2g} points"
+        handles: list[Any] = [Line2D([], [], color=INK, linewidth=2.4, marker="", label="kept")] if any(
+            one["share"] is not None for one in sets
+        ) else []  # fmt: skip
+        marks = [
+            (0.05, "0"),
+            (0.5, f"{strongest / 4:.2g}" if by == "kl" else f"{25 * strongest:.2g}"),
+            (1.0, f"{top} or more"),
+        ]
+        handles += [
+            Line2D([], [], marker="s", linestyle="", color=BAD, alpha=alpha, markersize=10, label=text)
+            for alpha, text in marks
+        ]
+        figure.legend(
+            handles=handles,
+            loc="upper left",
+            ncols=4,
+            handletextpad=0.2,
+            handlelength=1,
+            columnspacing=0.8,
+            borderpad=0,
+        )
+        axes.set_xlabel("channels kept")
+    return out[0]
+
+
+def _costs(curve: list[dict[str, Any]], by: str) -> list[float | None]:
+    """What each width costs: the divergence, or the score lost since the widest."""
+    values = [point[by] for point in curve]
+    if by == "kl":
+        return values
+    best = next((value for value in values if value is not None), None)
+    return [None if value is None or best is None else best - value for value in values]
+
+
+def _cells(
+    curve: list[dict[str, Any]], costs: list[float | None]
+) -> list[tuple[tuple[float, float | None], tuple[float, float | None]]]:
+    """Neighbouring widths as shares, with their costs; of many widths every few."""
+    every = -(-len(curve) // WIDTHS)
+    points = [(point["share"], cost) for point, cost in zip(curve, costs, strict=True)]
+    shown = points[::every] + ([points[-1]] if (len(points) - 1) % every else [])
+    if shown[0][0] < 1:
+        shown.insert(0, (1.0, 0.0))
+    return list(pairwise(shown))
+
+
+def _sensitivity_in_words(sets: list[dict[str, Any]]) -> str:
+    """The sets that mind most, for who cannot see the drawing."""
+    half = [(one["kl_at_half"], one["name"]) for one in sets if one["kl_at_half"] is not None]
+    worst = ", ".join(f"{name} {value:.2g} nats" for value, name in sorted(half, reverse=True)[:5])
+    return f"Sensitivity of {len(sets)} sets of coupled channels" + (
+        f"; at half of the channels {worst}" if worst else ""
+    )
 
 
 def lsb_histogram(agreement: dict[str, Any], *, allowed: int | None) -> str:

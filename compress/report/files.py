@@ -23,7 +23,7 @@ from compress.report.parts import (
     VerifiedFile,
 )
 
-COMPRESSING = ("prune", "quantize")
+COMPRESSING = ("prune", "factorize", "sparsify", "cluster", "quantize")
 """Stages that take something away; the network before the first of them is the parent."""
 
 KINDS = ("parent", "float", "float16", "int8_weights", "int8")

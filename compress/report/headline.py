@@ -53,6 +53,7 @@ def headline(
     benchmark: Benchmark | None,
     board: dict[str, Any] | None = None,
     ablation: dict[str, Any] | None = None,
+    controls: tuple[dict[str, str], str] | None = None,
     score: Score = ACCURACY,
 ) -> dict[str, Any]:
     """The verdict in one sentence, the figures behind it with their conditions, and what must not be overlooked."""
@@ -76,6 +77,8 @@ def headline(
         facts["board"] = _on_target(board, emulated)
     if ablation:
         facts["ablation"] = _ablation(ablation, score)
+    if controls:
+        facts["controls"] = controls[0]
     last = next(reversed(left.values()), None)
     unexecuted = last["numbers"] if last and last["simulated"] else ""
     if unexecuted and not best:
@@ -96,6 +99,7 @@ def headline(
         if last and unexecuted:
             lost = f"{score.name} not measured" if last["difference"] is None else score.lost(last["difference"])
             sentence += f"; {unexecuted} simulated: {lost}"
+        sentence += f"; {controls[1]}" if controls and controls[1] else ""
     else:
         sentence = "Nothing compressed: " + (", ".join(phrases[:3]) or "nothing measured")
     return {

@@ -42,6 +42,8 @@ def as_html(report: dict[str, Any], run_folder: Path) -> str:
     drawings: dict[str, Any] = {
         "tradeoff": charts.tradeoff(report["files"], score),
         "channels": charts.channels(report["layers"]),
+        "controls": charts.controls(report["controls"], score) if report["controls"] else "",
+        "sensitivity": charts.sensitivity(report["sensitivity"]) if report["sensitivity"] else "",
         "knowledge": {found["stage"]: charts.knowledge(found) for found in report["knowledge"]},
         "sustained": [(series, charts.sustained(series)) for series in (report["board"] or {}).get("sustained", [])],
         "lsb": [

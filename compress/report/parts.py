@@ -414,6 +414,34 @@ class Loading(Training):
     """Images of each class, by split."""
 
 
+class Sensitivity(Part):
+    """What fewer channels of one set of coupled layers do to the outputs, all others being whole."""
+
+    name: str
+    units: PositiveInt
+    kept: NonNegativeInt | None = None
+    """How many the network kept."""
+    widths: list[NonNegativeInt] = []
+    kl: list[float | None] = []
+    """KL divergence of the outputs from those of the whole network, in nats, for each width."""
+    accuracy: list[float | None] = []
+
+
+class LayerChannels(Part):
+    layer: str
+    before: list[NonNegativeInt] = []
+    """Outputs, inputs."""
+    after: list[NonNegativeInt] = []
+
+
+class Block(Part):
+    """A residual block that could be left out."""
+
+    name: str
+    kl: float | None = None
+    dropped: bool = False
+
+
 class Pruning(Training):
     goal_macs: float | None = None
     macs_before: int | None = None
@@ -422,6 +450,9 @@ class Pruning(Training):
     criterion: Any = None
     round_to: int | None = None
     steps: int | None = None
+    sensitivity: list[Sensitivity] = []
+    channels: list[LayerChannels] = []
+    blocks: list[Block] = []
 
 
 Metrics = Export | Verification | Benchmark | Knowledge | Loading | Pruning | Training
@@ -468,6 +499,57 @@ class DataDescription(Part):
     notes: list[str] = []
 
 
+class ControlSearch(Part):
+    at: float
+    ratio: PositiveFloat
+
+
+class ControlNetwork(Part):
+    """A control, or the run's own network (`ours`), with all its seeds."""
+
+    name: str
+    folders: list[str] = []
+    left_out: str = ""
+    failed: list[str] = []
+    setting: dict[str, float] = {}
+    search: list[ControlSearch] = []
+    accuracy: list[float] = []
+    """Of its file, for each seed."""
+    mean: float | None = None
+    sd: float | None = None
+    size_bytes: PositiveInt | None = None
+    macs: int | None = None
+    params: int | None = None
+    latency_ms: PositiveFloat | None = None
+    ratio: PositiveFloat | None = None
+    """Its time over ours."""
+    ratio_interval: tuple[PositiveFloat, PositiveFloat] | None = None
+    speedup: PositiveFloat | None = None
+    """Over the parent's file."""
+    noisy: bool | None = None
+    verdict: str | None = None
+    """Of our network against it: win, tie, lose or trade."""
+    said: str = ""
+    difference: float | None = None
+    """Ours less its own, of mean accuracies."""
+    images_p: float | None = None
+    seeds_p: float | None = None
+
+
+class EqualLatency(Part):
+    """Simpler networks that are as fast as the run's own, timed in one session."""
+
+    finished: bool = False
+    file: str
+    runtime: str
+    target: str = "local"
+    threads: int | str | None = None
+    tolerance: float | None = None
+    seeds: int = 1
+    conditions: dict[str, Any] = {}
+    networks: list[ControlNetwork] = []
+
+
 class RunDescription(Part):
     name: str
     command: str | None = None
@@ -490,3 +572,4 @@ class RunDescription(Part):
     stages: list[str] | None = None
     controls: list[str] = []
     """Other runs to compare this one with, in its folder `controls`."""
+    equal_latency: EqualLatency | None = None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from compress.report import wording
+from compress.report import controls, wording
 from compress.report.files import session
-from compress.report.folder import RunFolder
+from compress.report.folder import NO_DISTILLATION, RunFolder
 from compress.report.parts import Benchmark, RunDescription, Verification
 
 
@@ -60,6 +60,9 @@ def warnings(report: dict[str, Any]) -> list[str]:
             f"Parity {report['verify']['verdict']}: exported files do not agree with the network they were made from."
             f" Do not ship them. {report['verify']['reason']}".rstrip()
         )
+    of_controls = controls.warnings(report["controls"])
+    lost = [sentence for sentence in of_controls if sentence.startswith(controls.LOSES)]
+    found += lost
     if report["machine"] and not report["machine"]["is_arm"]:
         found.append(report["machine"]["statement"])
     noisy = [pair for pair in (report["benchmark"] or {}).get("pairs", []) if pair["verdict"] == "NOISY"]
@@ -88,7 +91,9 @@ def warnings(report: dict[str, Any]) -> list[str]:
             f" {wording.ms(file['timing']['p50_ms'])} against {wording.ms(best['timing']['p50_ms'])} at p50."
             for file in quicker
         ]
-    found += _ablation_warnings(report["ablation"], wording.score_of(report["run"]["data"]["task"]))
+    found += [sentence for sentence in of_controls if sentence not in lost]
+    judged = controls.names(report["controls"], NO_DISTILLATION)
+    found += [] if judged else _ablation_warnings(report["ablation"], wording.score_of(report["run"]["data"]["task"]))
     if report["unfinished"]:
         found.append(f"Unfinished run: {', '.join(report['unfinished'])} left no result.")
     if report["stopped"]:

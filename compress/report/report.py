@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.report import classes, distilled, wording
+from compress.report import controls as compared
 from compress.report.board import board
 from compress.report.files import best_of, files_of, last, parent_of
 from compress.report.folder import RunFolder, RunFolderError, read_folder
@@ -16,6 +17,7 @@ from compress.report.outputs import outputs
 from compress.report.pages import as_html, as_markdown
 from compress.report.parts import Benchmark, Verification
 from compress.report.remarks import conditions, notes, warnings
+from compress.report.sensitivity import sensitivity_of
 from compress.report.stages import benchmark_of, layers_of, network_of, stages_of, verification_of
 from compress.report.wording import score_of
 from compress.shown import without_secrets
@@ -65,6 +67,7 @@ def _report(folder: RunFolder) -> dict[str, Any]:
     networks = stages_of(stages, parent, files, best)
     ablation = distilled.ablation(folder, networks, best, _report(undistilled) if undistilled else None)
     measured = board(benchmark[1]) if benchmark else None
+    controls = compared.controls(folder.run)
     verify = verification and verification_of(stages, *verification)
     report: dict[str, Any] = {
         "format": FORMAT,
@@ -78,6 +81,7 @@ def _report(folder: RunFolder) -> dict[str, Any]:
             benchmark=benchmark and benchmark[1],
             board=measured,
             ablation=ablation,
+            controls=(compared.fact(controls), compared.said(controls)) if controls else None,
             score=score_of(folder.run.data.task),
         ),
         "machine": benchmark and machine(benchmark[1].conditions),
@@ -105,6 +109,8 @@ def _report(folder: RunFolder) -> dict[str, Any]:
         "board": measured,
         "knowledge": distilled.knowledge(stages, undistilled.stages if undistilled else []),
         "ablation": ablation,
+        "controls": controls,
+        "sensitivity": sensitivity_of(stages),
     }
     _not_reached(report["headline"]["facts"], folder.planned)
     return report | {"warnings": warnings(report), "conditions": conditions(folder.run), "notes": notes(folder)}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from compress.report import wording
+from compress.report.controls import names
+from compress.report.folder import NO_DISTILLATION
 from compress.report.wording import NOT_MEASURED
 
 
@@ -51,7 +53,39 @@ def summary_rows(report: dict[str, Any]) -> list[dict[str, str]]:
                     }
                 )
             )
-    return [*rows, *_ablated_row(report["ablation"], rows, score)]
+    ablated = [] if names(report["controls"], NO_DISTILLATION) else _ablated_row(report["ablation"], rows, score)
+    return [*rows, *ablated, *_control_rows(report, rows, score)]
+
+
+def _control_rows(report: dict[str, Any], rows: list[dict[str, str]], score: wording.Score) -> list[dict[str, str]]:
+    """A row for each control, timed in a session of their own; who wins stands behind its name."""
+    controls = report["controls"]
+    if not controls or not rows:
+        return []
+    found = []
+    for control in controls["rows"]:
+        if control["ours"]:
+            continue
+        told = {"win": "beaten", "lose": "better", "tie": "a tie", "trade": "a trade"}.get(control["verdict"])
+        row = dict.fromkeys(rows[0], NOT_MEASURED)
+        row["network"] = f"control {control['name']}" + (f": {told}" if told else "")
+        row |= {score.name: control["accuracy_said"], "MACs": wording.count(control["macs"])}
+        row |= {"params": wording.count(control["params"]), "size": wording.size(control["size_bytes"])}
+        parent = next((file for file in report["files"] if file["file"] == f"parent.{_format(controls['file'])}"), None)
+        if parent and parent["accuracy_of"] == "file" and control["mean"] is not None:
+            row["vs parent"] = score.change(control["mean"] - parent["accuracy"])
+        if control["latency_ms"] is not None and "p50" in row:
+            row["p50"], row["fps"] = (
+                wording.ms(control["latency_ms"]),
+                wording.three_digits(1000 / control["latency_ms"]),
+            )
+            row["speed-up"] = wording.ratio(control["speedup"])
+        found.append(row)
+    return found
+
+
+def _format(file: str) -> str:
+    return file.rpartition(".")[2]
 
 
 def _counted(file: dict[str, Any], board: dict[str, Any], absent: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from compress.errors import ModelError
+from compress.holding import held
 from compress.labels import Task
 from compress.product import Network, Preprocess, Product, Run
 from compress.schemes.judged import evaluation_accuracy
@@ -49,8 +50,12 @@ def reinitialized(module: nn.Module, seed: int) -> nn.Module:
 
 
 def refuse_fixed_weights(module: nn.Module) -> None:
-    """Raises ModelError for a layer with weights of its own that does not know how to draw them anew."""
+    """Raises ModelError for a layer with weights of its own that does not know how to draw them anew, or that keeps
+    what its weights are."""
     for name, layer in module.named_modules():
+        if held(layer):
+            problem = "`reinitialize` would draw weights anew whose zeros or shared values are to stay"
+            raise ModelError(name, problem, "leave reinitialize out, or put the stage before sparsify and cluster")
         if _reset_of(layer) is None and any(True for _ in layer.parameters(recurse=False)):
             raise ModelError(
                 name or type(layer).__name__,

@@ -14,8 +14,9 @@ from torch.func import functional_call
 
 from compress.errors import ModelError
 from compress.labels import Task
+from compress.models.blocks import drop
 from compress.models.coupled import channel_rows, find_coupled
-from compress.models.structure import select
+from compress.models.structure import inside, select
 from compress.observation import Answers, observe, unwrapped
 from compress.product import Batch, KeptChannels, Network, Preprocess, Product, Run
 from compress.settings import Settings
@@ -195,8 +196,9 @@ class NetAug(Settings):
 
     Each step adds the loss of one wider network: the original, with the student's parameters in the kept channels and
     a random part of the others, for each set of coupled channels a part of its own. The paper widens a small network by
-    new channels; ours are those that pruning took out, with the weights they had. They are trained along. The wider
-    networks' BatchNorm statistics are their own, so the student's stay what they are without augmentation.
+    new channels; ours are those that pruning took out, with the weights they had; whole blocks stay out. They are
+    trained along. The wider networks' BatchNorm statistics are their own, so the student's stay what they are without
+    augmentation.
     """
 
     tasks: ClassVar[tuple[Task, ...]] = ("classification", "multi_label", "regression")
@@ -269,7 +271,9 @@ def augment(product: Product, size: int, channels: int = 3) -> Augmented:
     if student.structure.quantize is not None or parent.structure.quantize is not None:
         raise ModelError(PLACE, "the network is already quantized", "put `distill` with this scheme before `quantize`")
     kept = kept_since(student.structure.kept, parent.structure.kept)
-    augmented = Augmented(parent.module, kept, size, channels)
+    wide = copy.deepcopy(parent.module)
+    drop(wide, [name for name in student.structure.dropped if not inside(name, parent.structure.dropped)])
+    augmented = Augmented(wide, kept, size, channels)
     augmented.refuse_misfit(student.module)
     return augmented
 

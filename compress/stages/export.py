@@ -20,6 +20,7 @@ from compress.formats.ncnn import require_ncnn, to_ncnn
 from compress.formats.onnx import float_onnx, int8_onnx
 from compress.formats.tflite import to_tflite
 from compress.formats.weight_only import float16_weights, int8_weights, multiplied, rounded
+from compress.measures import deflated
 from compress.product import Network, Preprocess, Product, Run
 from compress.quantization import fold_batchnorm, freeze
 from compress.quantization.precision import simulated
@@ -102,7 +103,10 @@ class Export(Settings):
                     path.write_bytes(content)
                     files[path.name] = path
                     advance(path.name)
-        return replace(product, files=files, metrics={"files": {name: _about(path) for name, path in files.items()}})
+        # What zeros and shared values are for; compressing takes a second for each 20 MB, so only then.
+        compress = bool(compressed(product).structure.held)
+        about_files = {name: _about(path, compress) for name, path in files.items()}
+        return replace(product, files=files, metrics={"files": about_files})
 
     def _networks(self, product: Product, run: Run) -> dict[Kind, Network]:
         """What each file is made from, by kind. Raises ModelError for a kind that this product does not have."""
@@ -176,11 +180,13 @@ def _onnx_file(model: onnx.ModelProto, about: dict[str, str], kind: Kind) -> byt
     return content
 
 
-def _about(path: Path) -> dict[str, Any]:
+def _about(path: Path, compress: bool) -> dict[str, Any]:
     content = path.read_bytes()
+    more = {"deflated_bytes": deflated(content)} if compress else {}
     return {
         "format": path.suffix[1:],
         "kind": path.stem,
         "size_bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
+        **more,
     }

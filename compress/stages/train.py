@@ -7,11 +7,12 @@ from typing import Literal
 from torch import nn
 
 from compress.product import Network, Preprocess, Product, Run
+from compress.regularizers import Sparse
 from compress.teaching import Distillation, teach
 from compress.training import Fit, refuse_unmatched
 
 
-class Train(Fit):
+class Train(Sparse, Fit):
     """Trains the network as it is now."""
 
     use: Literal["train"]
@@ -23,7 +24,11 @@ class Train(Fit):
         refuse_unmatched(module, self.only, "train")
         if self.distill is not None:
             self.distill.refuse_misfits(module, preprocess, "stage train")
+        self.refuse_unsparse(module, preprocess, "stage train")
 
     def apply(self, product: Product, run: Run) -> Product:
-        module, metrics = teach(product.network.module, self, product, run, label="train", by=self.distill)
+        pull = self.regularizer(product.network.module, run)
+        module, metrics = teach(
+            product.network.module, self, product, run, label="train", by=self.distill, regularizer=pull
+        )
         return product.taught(Network(module, product.network.structure), metrics)

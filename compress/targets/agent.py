@@ -7,6 +7,7 @@
                                [--tolerance 0.05] [--seed 0] and what `time` takes
     python agent.py run MODEL --inputs X.npy --outputs Y.npy [--labels L.npy]
     python agent.py sustain MODEL [--minutes 5] [--every-s 5]
+    python agent.py layers ARCHIVE.zip [--runtime onnxruntime] [--threads 1] [--sample-s 0.02]
 
 Each command prints JSON objects, one per line of its standard output, the result last. Progress and errors go to
 standard error, `agent: error: ...` last, with exit status 1. It needs Python 3.9, numpy, and onnxruntime,
@@ -746,6 +747,102 @@ def _inference_ms(model: Model, array: np.ndarray) -> float:
     return (time.perf_counter_ns() - begin) / 1e6
 
 
+STRETCH, LEAST = 3, 12
+"""Samples that a model takes before the next has its turn, and how many each takes at least."""
+
+
+def in_turns(models: Sequence[Model], *, sample_s: float) -> list[list[float]]:
+    """Microseconds of single inferences of each model, `sample_s` seconds of them for each on average.
+
+    Samples are taken in turns, so that a slow moment falls on all models alike. With one thread it is processor time:
+    where more runs than there are cores, the clock tells of the scheduler. With more it is the clock's.
+    """
+    arrays = [random_input(model.input) for model in models]
+    alone = all(model.settings.get("threads") == 1 for model in models)
+    now_ns = time.thread_time_ns if alone else time.perf_counter_ns
+    samples_us: list[list[float]] = [[] for _ in models]
+    turns = list(zip(models, arrays, samples_us))  # noqa: B905 (Python 3.9 has no `strict`)
+    for model, array_, _ in turns:
+        model.infer(array_)
+        model.infer(array_)
+    collects = gc.isenabled()
+    gc.disable()  # a collection in the middle of a sample is Python's time, not the network's
+    try:
+        end = time.perf_counter() + sample_s * len(models)
+        while time.perf_counter() < end or len(samples_us[0]) < LEAST:
+            for model, array_, taken in turns:
+                for _ in range(STRETCH):
+                    began = now_ns()
+                    model.infer(array_)
+                    taken.append((now_ns() - began) / 1e3)
+    finally:
+        if collects:
+            gc.enable()
+    return samples_us
+
+
+QUIET = 5
+"""Percentile of the samples that is taken for a model's time: others disturb it upwards only. On two cores with two
+other programs the times of ten repetitions spread by 0.1 % (LiteRT), with the lower quartile by 0.3 %."""
+STEADY, ATTEMPTS = 1.03, 2
+"""How much longer than at its best the first file may take beside the others before they are measured again, and how
+often at most."""
+
+
+def measure_layers(
+    archive: Path,
+    runtime: str,
+    threads: int,
+    *,
+    sample_s: float,
+    on_layer: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Times of the files in a zip archive; `on_layer` hears each entry's as it is measured.
+
+    `layers.json` in it is a list of lists of entries: `name`, and `files` in the archive. The files of a list are
+    measured in turns. The very first file is measured beside every list: its times are `reference_us`, and tell whether
+    the machine kept its pace.
+    """
+    reference_us: list[float] = []
+    facts: dict[str, Any] = {}
+    with zipfile.ZipFile(archive) as packed, tempfile.TemporaryDirectory(prefix="compress-") as folder:
+        batches = json.loads(packed.read("layers.json"))
+
+        def opened(name: str) -> Model:
+            path = Path(packed.extract(name, folder))
+            try:
+                return open_model(path, runtime, threads)
+            finally:
+                path.unlink()
+
+        reference = opened(batches[0][0]["files"][0])
+        facts = {"runtime": runtime, "version": reference.version, "settings": reference.settings}
+        for chosen in batches:
+            models = [opened(name) for entry in chosen for name in entry["files"]]
+            attempts: list[list[list[float]]] = []
+            paces: list[float] = []
+            while len(paces) < ATTEMPTS and not (paces and min(paces) <= STEADY * min(reference_us, default=1e300)):
+                attempts.append(in_turns([reference, *models], sample_s=sample_s))
+                paces.append(_quiet(attempts[-1][0]))
+            samples_us = iter(attempts[paces.index(min(paces))][1:])
+            reference_us.append(min(paces))
+            for entry in chosen:
+                taken = [next(samples_us) for _ in entry["files"]]
+                line = {
+                    "name": entry["name"],
+                    "us": [_quiet(own) for own in taken],
+                    "halves_us": [[_quiet(own[half::2]) for own in taken] for half in (0, 1)],
+                    "samples": len(taken[0]),
+                }
+                if on_layer:
+                    on_layer(line)
+    return {**facts, "layers": sum(map(len, batches)), "reference_us": reference_us}
+
+
+def _quiet(samples_us: Sequence[float]) -> float:
+    return float(np.percentile(samples_us, QUIET))
+
+
 def sustain(
     model: Model,
     array_: np.ndarray,
@@ -1224,6 +1321,22 @@ def _sustain(arguments: argparse.Namespace) -> dict[str, Any]:
     return {**_described(model), **placed, "minutes": arguments.minutes, "every_s": arguments.every_s, **found}
 
 
+def _layers(arguments: argparse.Namespace) -> dict[str, Any]:
+    before, placed = conditions(), place_process(arguments.threads, arguments.cores)
+    try:
+        found = measure_layers(
+            Path(arguments.archive),
+            arguments.runtime,
+            placed["threads"],
+            sample_s=arguments.sample_s,
+            on_layer=lambda line: _print({"layer": line}),
+        )
+    except (zipfile.BadZipFile, KeyError, IndexError, TypeError, ValueError) as error:
+        raise AgentError(f"{arguments.archive}: is no archive of layers: {_first_line(error)}") from error
+    after = conditions()
+    return {**found, **placed, "before": before, "after": after, "throttled": throttled(before, after)}
+
+
 def _opened(arguments: argparse.Namespace) -> tuple[Model, dict[str, Any]]:
     """The model, and the threads and CPUs it runs on; this process is pinned to them."""
     placed = place_process(arguments.threads, arguments.cores)  # before the runtime starts its threads
@@ -1364,10 +1477,13 @@ def _parser() -> argparse.ArgumentParser:
     sustainer = commands.add_parser("sustain", help="time under load that lasts")
     sustainer.set_defaults(do=_sustain)
 
+    layerer = commands.add_parser("layers", help="time many small files in turns")
+    layerer.set_defaults(do=_layers)
+
     for command in (timer, runner, sustainer):
         command.add_argument("model")
         command.add_argument("--runtime", default="auto", choices=("auto", *RUNTIMES))
-    for command in (timer, runner, sustainer, comparer):
+    for command in (timer, runner, sustainer, comparer, layerer):
         command.add_argument("--threads", type=_threads, default=1, help="a number, or auto: one per fastest core")
         command.add_argument("--cores", type=_cores, default="auto", help="auto, any, or CPU numbers: 0,1")
     for command in (timer, comparer):
@@ -1389,6 +1505,10 @@ def _parser() -> argparse.ArgumentParser:
     runner.add_argument("--inputs", required=True, help=images)
     runner.add_argument("--outputs", required=True, help="the first output as stored, .npy")
     runner.add_argument("--labels", help="class numbers, .npy; counts the images that are right")
+
+    layerer.add_argument("archive", metavar="ARCHIVE", help="files, and layers.json that names them")
+    layerer.add_argument("--runtime", required=True, choices=RUNTIMES)
+    layerer.add_argument("--sample-s", type=_some_seconds, default=0.02, help="seconds of sampling of a file")
 
     sustainer.add_argument("--minutes", type=_seconds, default=5.0)
     sustainer.add_argument("--every-s", type=_some_seconds, default=5.0, help="seconds of each point")

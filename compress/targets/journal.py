@@ -1,7 +1,7 @@
-"""What an interrupted comparison has measured so far, so that the next attempt goes on with it.
+"""What an interrupted comparison, or table of layers, has measured so far: the next attempt goes on with it.
 
-One JSON object a line: first what is compared and on which machine, then one per process, each with its time. A
-journal of other files, options or another machine is begun anew.
+One JSON object a line: first what is measured and on which machine, then one per process or layer, each with its
+time. A journal of other files, options or another machine is begun anew.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ MACHINE = (
     "governor",
 )
 """What tells a machine, and what is installed on it, from another; the rest of a probe changes with the hour."""
+KEPT = ("process", "layer")
+"""Keys of the agent's lines that are worth keeping."""
 
 
 @dataclass
@@ -54,7 +56,7 @@ class Journal:
             return journal
         found = [value for value in map(_parsed, texts) if value is not None]
         if found and found[0].get("asked") == json.loads(json.dumps(asked)):
-            journal.lines = [value for value in found[1:] if "process" in value]
+            journal.lines = [value for value in found[1:] if any(key in value for key in KEPT)]
             journal.begun = str(journal.lines[0].get("measured", "")) if journal.lines else ""
         return journal
 

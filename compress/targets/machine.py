@@ -53,7 +53,7 @@ class Machine(Protocol):
         ...
 
 
-EVENTS = ("process", "point")
+EVENTS = ("process", "point", "layer")
 """Keys of the lines that the agent prints on its way; what has none of them is its result."""
 
 

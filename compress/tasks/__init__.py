@@ -15,7 +15,9 @@ import numpy as np
 from compress.labels import Task
 from compress.tasks import classification, multi_label, regression
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # scores are read where there is no torch
+    from torch import Generator, Tensor
+
     from compress.product import Scale
 
 
@@ -38,6 +40,10 @@ class Rules:
     """What two results differ in, with `{}` for the part of the decisions that they do not share."""
     details: Callable[[np.ndarray, np.ndarray, Sequence[str], Scale | None], list[dict[str, Any]]]
     """A row for each output, by its name, of what was kept and the labels."""
+    drawn: Callable[[Tensor, Generator], Tensor]
+    """Labels for outputs (on the CPU), drawn from the distribution that the task's loss takes them for."""
+    surprise: Callable[[Tensor, Tensor], Tensor]
+    """(N,): -log p of the labels under that distribution, in nats; without weights of classes or smoothing."""
 
 
 def _as_they_are(outputs_NK: np.ndarray) -> np.ndarray:
@@ -56,6 +62,8 @@ RULES: Mapping[Task, Rules] = {
             classification.same,
             "the class of {} of images",
             classification.details,
+            classification.drawn,
+            classification.surprise,
         ),
         Rules(
             "multi_label",
@@ -66,6 +74,8 @@ RULES: Mapping[Task, Rules] = {
             multi_label.same,
             "{} of the labels' answers",
             multi_label.details,
+            multi_label.drawn,
+            multi_label.surprise,
         ),
         Rules(
             "regression",
@@ -76,6 +86,8 @@ RULES: Mapping[Task, Rules] = {
             regression.same,
             "{} of the numbers",
             regression.details,
+            regression.drawn,
+            regression.surprise,
         ),
     )
 }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:  # scores are read where there is no torch
-    from torch import Tensor
+    from torch import Generator, Tensor
 
     from compress.product import Scale
 
@@ -28,6 +28,27 @@ def cross_entropy(
     mean = F.cross_entropy(logits_NK, labels_N, weight=weight, ignore_index=NO_LABEL, label_smoothing=label_smoothing)
     # The mean over no image is NaN.
     return mean if bool((labels_N != NO_LABEL).any()) else logits_NK.sum() * 0
+
+
+def drawn(logits_NK: Tensor, generator: Generator) -> Tensor:
+    """int64 (N,): a class for each image, drawn with the probabilities that the logits give."""
+    import torch
+
+    return torch.multinomial(logits_NK.softmax(1), 1, generator=generator)[:, 0]
+
+
+def surprise(logits_NK: Tensor, labels_N: Tensor) -> Tensor:
+    """(N,): -log p of the class, in nats."""
+    from torch.nn import functional as F
+
+    return F.cross_entropy(logits_NK, labels_N, reduction="none")
+
+
+def divergence(changed_NK: Tensor, whole_NK: Tensor) -> Tensor:
+    """float (N,): KL(whole || changed) of the classes' probabilities, in nats."""
+    from torch.nn import functional as F
+
+    return F.kl_div(changed_NK.log_softmax(1), whole_NK.log_softmax(1), reduction="none", log_target=True).sum(1)
 
 
 def decided(outputs_NK: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:  # scores are read where there is no torch
-    from torch import Tensor
+    from torch import Generator, Tensor
 
     from compress.product import Scale
 
@@ -28,6 +28,29 @@ def binary_cross_entropy(logits_NK: Tensor, labels_NK: Tensor, weights_K: Tensor
     logits_NK, labels_NK = logits_NK[rows], labels_NK[rows].to(logits_NK.dtype)
     weight = None if weights_K is None else weights_K.to(logits_NK)
     return F.binary_cross_entropy_with_logits(logits_NK, labels_NK, pos_weight=weight)
+
+
+def drawn(logits_NK: Tensor, generator: Generator) -> Tensor:
+    """(N, K) of 0 and 1: each label by itself, drawn with the probability that its logit gives."""
+    import torch
+
+    return torch.bernoulli(logits_NK.sigmoid(), generator=generator)
+
+
+def surprise(logits_NK: Tensor, labels_NK: Tensor) -> Tensor:
+    """(N,): -log p of the labels of an image, which are independent given the image, in nats."""
+    from torch.nn import functional as F
+
+    return F.binary_cross_entropy_with_logits(logits_NK, labels_NK, reduction="none").sum(1)
+
+
+def divergence(changed_NK: Tensor, whole_NK: Tensor) -> Tensor:
+    """float (N, K): KL(whole || changed) of each label's yes and no, in nats."""
+    from torch.nn import functional as F
+
+    yes_NK, no_NK = F.logsigmoid(whole_NK), F.logsigmoid(-whole_NK)
+    found = yes_NK.exp() * (yes_NK - F.logsigmoid(changed_NK))
+    return found + no_NK.exp() * (no_NK - F.logsigmoid(-changed_NK))
 
 
 def average_precision(logits_N: np.ndarray, holds_N: np.ndarray, counts_N: np.ndarray | None = None) -> float:

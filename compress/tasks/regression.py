@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:  # scores are read where there is no torch
-    from torch import Tensor
+    from torch import Generator, Tensor
 
     from compress.product import Scale
 
@@ -39,6 +40,30 @@ def squared_error(
     else:
         errors_NK = 2 * F.huber_loss(outputs_NK, labels_NK, reduction="none", delta=huber)
     return (errors_NK if weights_K is None else errors_NK * weights_K).mean()
+
+
+def drawn(outputs_NK: Tensor, generator: Generator) -> Tensor:
+    """(N, K): normal around the outputs, with a variance of 1.
+
+    Squared error is the -log p of a normal distribution whose variance is the same for all images and numbers; it says
+    nothing about how large that is. 1 is the variance of the standardised numbers, what is left where nothing is known.
+    Another variance v divides every Fisher information by v, so that no order of channels depends on it.
+    """
+    import torch
+
+    noise_NK = torch.randn(outputs_NK.shape, generator=generator, dtype=outputs_NK.dtype, device=generator.device)
+    return outputs_NK + noise_NK.to(outputs_NK.device)
+
+
+def surprise(outputs_NK: Tensor, labels_NK: Tensor) -> Tensor:
+    """(N,): -log p of the numbers of an image under that distribution, in nats."""
+    return ((outputs_NK - labels_NK).square() + math.log(2 * math.pi)).sum(1) / 2
+
+
+def divergence(changed_NK: Tensor, whole_NK: Tensor) -> Tensor:
+    """float (N,): half the squared distance, which in nats is how far two normal distributions of unit variance are
+    from each other."""
+    return (changed_NK - whole_NK).square().sum(1) / 2
 
 
 def r2_of_each(outputs_NK: np.ndarray, labels_NK: np.ndarray, counts_N: np.ndarray | None = None) -> np.ndarray:

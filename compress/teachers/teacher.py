@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from compress.errors import ModelError
 from compress.models.weights import state_sha256
@@ -57,7 +58,9 @@ class Frozen:
 
     def answers(self, batch: Batch, layers: Sequence[str], *, differentiable: bool = False) -> Answers:
         module = self.whole if layers or differentiable else self.folded
-        return asked(module, batch, layers, differentiable=differentiable)
+        assert self.network is not None
+        size = self.network.structure.preprocess.size
+        return asked(module, batch, layers, differentiable=differentiable, size=size)
 
     def follow(self, student: nn.Module, batch: Batch) -> None:
         pass
@@ -93,10 +96,18 @@ def copied(module: nn.Module, run: Run) -> nn.Module:
     return on_device(copy.deepcopy(module), run)
 
 
-def asked(module: nn.Module, batch: Batch, layers: Sequence[str], *, differentiable: bool) -> Answers:
-    """What a frozen network makes of the batch, and what its `layers` return."""
+def asked(
+    module: nn.Module, batch: Batch, layers: Sequence[str], *, differentiable: bool, size: int | None = None
+) -> Answers:
+    """What a frozen network makes of the batch, and what its `layers` return.
+
+    Images of another side than `size` are resized for it: a network of larger images teaches one of smaller ones.
+    """
+    images_NCHW = batch.images_NCHW
+    if size is not None and images_NCHW.shape[-1] != size:
+        images_NCHW = functional.interpolate(images_NCHW, size=(size, size), mode="bilinear", antialias=True)
     with nullcontext() if differentiable else torch.no_grad():
-        return observe(module, batch.images_NCHW, layers)
+        return observe(module, images_NCHW, layers)
 
 
 def on_device(module: nn.Module, run: Run) -> nn.Module:
@@ -113,7 +124,7 @@ def fingerprint(network: Network) -> str:
 
 def refuse_other_task(network: Network, data: Data, place: str) -> None:
     """Raises ModelError where a teacher sees other pixels or knows other classes than the run's data."""
-    if network.structure.preprocess != data.preprocess:
+    if network.structure.preprocess.model_copy(update={"size": data.preprocess.size}) != data.preprocess:
         raise ModelError(
             place,
             f"this teacher sees other pixels ({network.structure.preprocess})",

@@ -16,6 +16,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 
 from compress.errors import ModelError
+from compress.models.low_rank import SECOND
 from compress.product import Network
 from compress.quantization.graph import RESULT_OF, operands, shape_of, trace
 
@@ -41,9 +42,13 @@ def channels(network: Network, layers: Sequence[str]) -> dict[str, tuple[Channel
         return dict.fromkeys(layers)
     modules = dict(graph_module.named_modules())
     known: dict[fx.Node, tuple[Channel, ...] | None] = {}
+    order: dict[str, int] = {}
+    """By layer, when it runs."""
     found: dict[str, tuple[Channel, ...] | None] = dict.fromkeys(layers)
     for node in graph_module.graph.nodes:
-        of_node = _of_node(node, modules, known, network)
+        if node.op == "call_module":
+            order.setdefault(_as_factored(str(node.target), network), len(order))
+        of_node = _of_node(node, modules, known, network, order)
         shape = shape_of(node)
         axis = 1 if len(shape) in (2, 4) else -1
         if of_node is not None and (len(shape) < 2 or len(of_node) != shape[axis]):
@@ -66,7 +71,11 @@ def kept(student: Sequence[Channel] | None, teacher: Sequence[Channel] | None) -
 
 
 def _of_node(
-    node: fx.Node, modules: dict[str, nn.Module], known: dict[fx.Node, tuple[Channel, ...] | None], network: Network
+    node: fx.Node,
+    modules: dict[str, nn.Module],
+    known: dict[fx.Node, tuple[Channel, ...] | None],
+    network: Network,
+    order: dict[str, int],
 ) -> tuple[Channel, ...] | None:
     if node.op == "placeholder":
         return tuple(("image", index) for index in range(network.structure.preprocess.channels))
@@ -90,17 +99,28 @@ def _of_node(
         if kind in SCRAMBLING:
             return None
         if kind in JOINING and len(operands(node)) > 1:
-            # A sum's channels go by the names of the side that has as many: the other may be a gate of one pixel.
+            # A sum's channels go by the names of a side that has as many: the other may be a gate of one pixel.
             shape = shape_of(node)
             whole = [s for s, o in zip(sources, operands(node), strict=True) if shape_of(o) == shape]
-            return whole[0] if whole else None
+            known_sides = [side for side in whole if side is not None]
+            if not whole or len(known_sides) < len(whole):
+                return whole[0] if whole else None
+            # Of the side that was made first: it is there even where the block that adds to it was taken out.
+            return min(known_sides, key=lambda side: max(order.get(layer, -1) for layer, _ in side))
     if isinstance(kind, (nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)) or kind is F.pixel_shuffle:
         return None
     return sources[0]  # normalisation, activation, pooling, dropout, resizing: channel by channel
 
 
+def _as_factored(name: str, network: Network) -> str:
+    """The layer's name; of the second of two that stand for one, that one's, which made the same channels."""
+    whole, _, part = name.rpartition(".")
+    return whole if part == SECOND and whole in network.structure.factored else name
+
+
 def _outputs(name: str, layer: nn.Module, network: Network) -> tuple[Channel, ...]:
     width = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    name = _as_factored(name, network)
     chosen = network.structure.kept.get(name)
     indices = range(int(width)) if chosen is None or chosen.outputs is None else chosen.outputs  # type: ignore[arg-type]
     return tuple((name, index) for index in indices)

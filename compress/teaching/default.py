@@ -38,7 +38,8 @@ def default_losses(student: Network, teacher: Teacher, soft: Term) -> tuple[Term
 def _followed(student: Network, teacher: Teacher) -> tuple[str, ...]:
     if teacher.network is None or not teacher.related or student.structure.quantize is not None:
         return ()
-    if student.structure.kept == teacher.network.structure.kept:  # as wide as its teacher
+    mine, theirs = student.structure, teacher.network.structure
+    if mine.kept == theirs.kept and mine.dropped == theirs.dropped:  # as wide and as deep as its teacher
         return ()
     try:
         preprocess = student.structure.preprocess

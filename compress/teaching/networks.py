@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import fx, nn
 
-from compress.models.structure import within
+from compress.models.structure import inside, within
 from compress.product import KeptChannels, Network, Run
 from compress.quantization import fold_batchnorm
 from compress.teachers.teacher import Teacher
@@ -20,9 +20,11 @@ class Counterpart:
     def __init__(self, teacher: Teacher, student: Network, run: Run) -> None:
         self.teacher, self.run = teacher, run
         self.kept: Mapping[str, KeptChannels] | None = None
-        """None where the two do not come from one network, or the teacher lacks some of the student's channels."""
+        """None where the two do not come from one network, or the teacher lacks something that the student has."""
         if teacher.network is not None and teacher.related:
-            self.kept = within(student.structure.kept, teacher.network.structure.kept)
+            mine, theirs = student.structure, teacher.network.structure
+            if all(inside(name, mine.dropped) for name in theirs.dropped):
+                self.kept = within(mine.kept, theirs.kept, mine.dropped)
         self._source: nn.Module | None = None
         self._form: nn.Module | None = None
 

@@ -34,7 +34,7 @@ from compress.teaching.fitting import (
 )
 from compress.teaching.networks import Counterpart
 from compress.teaching.pairs import Pair, pair_up
-from compress.training import Fit, Loss, fit, labels_loss, outputs_loss
+from compress.training import Fit, Loss, Narrowing, Regularizer, fit, labels_loss, outputs_loss
 
 Part = Annotated[float, Field(ge=0, le=1)]
 
@@ -168,6 +168,8 @@ class Objective:
         beside: nn.Module | None = None,
         beside_lr: float | None = None,
         after: tuple[float, Callable[[nn.Module], None]] | None = None,
+        regularizer: Regularizer | None = None,
+        narrowing: Narrowing | None = None,
     ) -> tuple[nn.Module, dict[str, Any]]:
         """A trained copy of `module`, and what its manifest says.
 
@@ -185,6 +187,8 @@ class Objective:
             companion=nn.ModuleList(companions) if companions else None,
             companion_lr=beside_lr,
             memory=self,
+            regularizer=regularizer,
+            narrowing=narrowing,
         )
         return trained, {"history": history} | self.metrics()
 
@@ -331,6 +335,8 @@ def teach(
     by: Distillation | None = None,
     teacher: Teacher | None = None,
     after: tuple[float, Callable[[nn.Module], None]] | None = None,
+    regularizer: Regularizer | None = None,
+    narrowing: Narrowing | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """A trained copy of `module`, and what its manifest says.
 
@@ -339,9 +345,20 @@ def teach(
     by = settings if isinstance(settings, Distillation) else by
     if by is None:
         loss = labels_loss(outputs_loss(run.data, settings))
-        trained, history = fit(module, loss=loss, run=run, settings=settings, label=label, after=after)
+        trained, history = fit(
+            module,
+            loss=loss,
+            run=run,
+            settings=settings,
+            label=label,
+            after=after,
+            regularizer=regularizer,
+            narrowing=narrowing,
+        )
         return trained, {"history": history}
     run = with_more_images(by, run)
+    if narrowing is not None and by.losses is None:  # hints would be on channels that go
+        by = by.model_copy(update={"losses": (soft_loss(run.data.task),)})
     goal = objective(
         by,
         product,
@@ -351,7 +368,7 @@ def teach(
         augment=settings.augment,
         teacher=teacher,
     )
-    return goal.train(module, settings, label=label, after=after)
+    return goal.train(module, settings, label=label, after=after, regularizer=regularizer, narrowing=narrowing)
 
 
 def with_more_images(distillation: Distillation, run: Run) -> Run:

@@ -97,6 +97,15 @@ def test_lamp_is_the_papers_formula_with_channels_for_weights() -> None:
     torch.testing.assert_close(lamp(weights), torch.tensor(by_hand, dtype=torch.float32))
 
 
+def test_lamp_agrees_with_torch_pruning() -> None:
+    module = chain()
+    graph = torch_pruning.DependencyGraph().build_dependency(module, (torch.zeros(1, 3, 8, 8),))
+    group = graph.get_pruning_group(module[0], torch_pruning.prune_conv_out_channels, list(range(6)))
+    (coupled,) = [each for each in find_coupled(module, 8)[0] if each.name == "0"]
+    theirs = torch_pruning.importance.LAMPImportance(p=2, group_reduction="sum")(group)
+    torch.testing.assert_close(lamp(rows(module, coupled, lambda weight: weight.detach())), theirs)
+
+
 def test_lamp_leaves_the_largest_channel_of_every_layer_a_score_of_one() -> None:
     for scale in (1e-6, 1.0, 1e6):
         assert lamp([scale * torch.randn(9, 4)]).max() == 1

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from compress.doctor.widths import Shape, Timed, Width, candidates, measure_widths, place_layers, single_layer
-from compress.doctor.widths import _with_integers as with_integers
-from compress.formats.tflite import to_tflite
+from compress.doctor.widths import Timed, Width, candidates, measure_widths
+from compress.latency.shapes import Shape, place_layers
+from compress.latency.single import layer_file
 from compress.targets import open_model
 
 
@@ -60,9 +60,8 @@ def test_wider_is_the_next_multiple_and_nothing_else():
     ids=str,
 )
 def test_single_layers_compute_the_same_in_both_runtimes(shape, tmp_path):
-    model = single_layer(shape)
-    (tmp_path / "m.onnx").write_bytes(with_integers(model).SerializeToString())
-    (tmp_path / "m.tflite").write_bytes(to_tflite(model, {}))
+    (tmp_path / "m.onnx").write_bytes(layer_file(shape, "onnxruntime"))
+    (tmp_path / "m.tflite").write_bytes(layer_file(shape, "litert"))
     ort, litert = (open_model(tmp_path / name) for name in ("m.onnx", "m.tflite"))
     assert ort.input.dtype == np.uint8
     assert litert.input.dtype == np.int8

@@ -6,14 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal, kl_divergence
 from torch.nn import functional as F
 
 from compress.criteria.activation import Activation
 from compress.criteria.bn_scale import BNScale
+from compress.criteria.fisher import fisher
 from compress.data.sample import sample
 from compress.errors import ModelError
 from compress.models.coupled import find_coupled
 from compress.pruning.evidence import activations, collect, evidence_of, mask_gradients, root_mean_square_gradients
+from compress.tasks import task_of
 
 
 class Branches(nn.Module):
@@ -58,15 +61,29 @@ def doubled(run, monkeypatch):
     return run
 
 
+TASKS = ["classification", "multi_label", "regression"]
+
+
+def distribution(task: str, outputs_NK: Tensor) -> Distribution:
+    """What the labels' loss of a task takes the outputs for."""
+    match task:
+        case "classification":
+            return Categorical(logits=outputs_NK)
+        case "multi_label":
+            return Independent(Bernoulli(logits=outputs_NK), 1)
+        case _:
+            return Independent(Normal(outputs_NK, torch.ones_like(outputs_NK)), 1)
+
+
 def drawn_labels(module: nn.Module, run, images: int, at_once: int) -> tuple[Tensor, Tensor]:
     """Images and the labels that the network's answers give, drawn as the seed says."""
     generator = torch.Generator().manual_seed(run.seed)
     seen, drawn = [], []
     for batch in sample(run, images, batch_size=at_once):
         with torch.no_grad():
-            probabilities = module(batch.images_NCHW).softmax(1)
+            outputs = module(batch.images_NCHW)
         seen.append(batch.images_NCHW)
-        drawn.append(torch.multinomial(probabilities, 1, generator=generator)[:, 0])
+        drawn.append(task_of(run.data.task).drawn(outputs, generator))
     return torch.cat(seen), torch.cat(drawn)
 
 
@@ -80,7 +97,9 @@ def scaled(module: nn.Module, coupled, unit: int, factor: float) -> nn.Module:
     return changed
 
 
-def test_mask_gradients_are_the_losss_slopes(branches, doubled) -> None:
+@pytest.mark.parametrize("task", TASKS)
+def test_mask_gradients_are_the_losss_slopes(branches, doubled, task) -> None:
+    doubled.data.task = task
     images, labels = drawn_labels(branches, doubled, 48, 32)
     sets, _ = find_coupled(branches.float(), 16)
     branches.double()
@@ -90,11 +109,46 @@ def test_mask_gradients_are_the_losss_slopes(branches, doubled) -> None:
         assert gradients_NC.shape == (len(images), coupled.units)
         for unit in range(coupled.units):
             above, below = (
-                F.cross_entropy(scaled(branches, coupled, unit, 1 + sign * step)(images), labels, reduction="none")
+                -distribution(task, scaled(branches, coupled, unit, 1 + sign * step)(images)).log_prob(labels)
                 for sign in (1, -1)
             )
             slope_N = (above - below).detach() / (2 * step)
             torch.testing.assert_close(gradients_NC[:, unit].double(), slope_N, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_fisher_is_the_second_order_rise_of_the_divergence(branches, doubled, task) -> None:
+    # KL(answers || answers with a unit's factor at 1 - e) = e^2 times the score, but for higher orders and the draw.
+    doubled.data.task = task
+    sets, _ = find_coupled(branches.float(), 16)
+    branches.double()
+    images = torch.cat([batch.images_NCHW for batch in sample(doubled, 64, batch_size=64)])
+    drawn = [mask_gradients(branches, sets, replace(doubled, seed=seed), 64) for seed in range(60)]
+    step = 1e-3
+    with torch.no_grad():
+        answers = distribution(task, branches(images))
+        for number, coupled in enumerate(sets):
+            scores = torch.stack([fisher(found[number].double()) for found in drawn])
+            rises = torch.stack(
+                [
+                    kl_divergence(answers, distribution(task, scaled(branches, coupled, unit, 1 - step)(images))).mean()
+                    for unit in range(coupled.units)
+                ]
+            )
+            expected, noise = rises / step**2, scores.std(0) / len(scores) ** 0.5
+            assert ((scores.mean(0) - expected).abs() <= 5 * noise + 1e-2 * expected).all()
+            assert expected.max() > 0
+            assert (noise <= 0.15 * expected).all()  # the comparison can tell; a dead unit has 0 of both
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_weights_of_classes_change_nothing_in_what_is_drawn(branches, doubled, task) -> None:
+    doubled.data.task = task
+    sets, _ = find_coupled(branches.float(), 16)
+    branches.double()
+    before = mask_gradients(branches, sets, doubled, 32)
+    doubled.data.label_weights = (9.0, 1.0, 1.0, 1.0, 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, mask_gradients(branches, sets, doubled, 32), strict=True))
 
 
 def test_sampled_gradients_are_those_of_single_images(branches, doubled) -> None:

@@ -9,6 +9,7 @@ from sklearn.metrics import average_precision_score, r2_score
 
 from compress.product import NO_LABEL, Scale
 from compress.tasks import RULES, agreement, classification, multi_label, regression, task_of
+from compress.training import outputs_loss
 
 RNG = np.random.default_rng(5)
 LOGITS_NK = RNG.normal(size=(40, 6)).round(1)  # rounded, so that some are equal
@@ -185,3 +186,51 @@ def test_the_accuracy_of_classes():
     rules = task_of("classification")
     assert rules.score(rules.kept(outputs), labels) == (outputs.argmax(1) == labels).sum() / 40
     assert rules.details(rules.kept(outputs), labels, tuple("abcdef"), None) == []
+
+
+# What is drawn from answers
+
+DISTRIBUTIONS = {
+    "classification": lambda outputs: torch.distributions.Categorical(logits=outputs),
+    "multi_label": lambda outputs: torch.distributions.Independent(torch.distributions.Bernoulli(logits=outputs), 1),
+    "regression": lambda outputs: torch.distributions.Independent(
+        torch.distributions.Normal(outputs, torch.ones_like(outputs)), 1
+    ),
+}
+
+
+@pytest.mark.parametrize("task", DISTRIBUTIONS)
+def test_surprise_is_the_log_probability_of_what_was_drawn(task):
+    rules, outputs = task_of(task), torch.from_numpy(LOGITS_NK)
+    labels = rules.drawn(outputs, torch.Generator().manual_seed(1))
+    expected = -DISTRIBUTIONS[task](outputs).log_prob(labels)
+    torch.testing.assert_close(rules.surprise(outputs, labels), expected)
+    again = rules.drawn(outputs, torch.Generator().manual_seed(1))
+    assert torch.equal(labels, again)
+    assert not torch.equal(labels, rules.drawn(outputs, torch.Generator().manual_seed(2)))
+
+
+@pytest.mark.parametrize("task", DISTRIBUTIONS)
+def test_draws_have_the_distributions_mean_and_variance(task):
+    outputs = torch.from_numpy(LOGITS_NK[:1]).expand(20000, 6)
+    labels = task_of(task).drawn(outputs, torch.Generator().manual_seed(1))
+    if task == "classification":
+        values, mean = torch.nn.functional.one_hot(labels, 6).double(), outputs[0].softmax(0)
+        variance = mean * (1 - mean)
+    else:
+        one = DISTRIBUTIONS[task](outputs[0]).base_dist
+        values, mean, variance = labels, one.mean, one.variance
+    # Five standard errors of 20,000 draws, for six values.
+    assert ((values.mean(0) - mean).abs() < 5 * (variance / 20000).sqrt()).all()
+    torch.testing.assert_close(values.var(0), variance, rtol=0.1, atol=1e-3)
+
+
+@pytest.mark.parametrize("task", DISTRIBUTIONS)
+def test_the_surprises_gradient_is_that_of_the_tasks_loss_up_to_a_factor(task, stripes):
+    # The loss of one image is its surprise, over the number of labels, or for squared errors over half of it.
+    stripes.task = task
+    outputs = torch.from_numpy(LOGITS_NK[:1]).requires_grad_()
+    labels = task_of(task).drawn(outputs.detach(), torch.Generator().manual_seed(1))
+    (own,) = torch.autograd.grad(task_of(task).surprise(outputs, labels).sum(), outputs)
+    (taught,) = torch.autograd.grad(outputs_loss(stripes)(outputs, labels), outputs)
+    torch.testing.assert_close(own, {"classification": 1.0, "multi_label": 6.0, "regression": 3.0}[task] * taught)

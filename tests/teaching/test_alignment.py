@@ -7,6 +7,7 @@ import torch
 from networks import NETWORKS, images_of, settle, size_of
 from torch import nn
 
+from compress.models.blocks import drop, dropped_from
 from compress.models.structure import resize, sizes
 from compress.observation import observe, stage_ends
 from compress.product import KeptChannels, Network, Preprocess, Structure
@@ -31,7 +32,7 @@ def silenced(original: nn.Module, removed: dict[str, KeptChannels]) -> nn.Module
 
 @pytest.fixture
 def pruned(run):
-    def prune(name: str) -> tuple[Network, Network, torch.Tensor]:
+    def prune(name: str, dropped: list[str] | None = None) -> tuple[Network, Network, torch.Tensor]:
         size = size_of(name)
         images = images_of(8, size)
         module = settle(NETWORKS[name](10), images).eval()
@@ -43,30 +44,37 @@ def pruned(run):
 
         from dataclasses import replace
 
+        shallow = copy.deepcopy(module)
+        drop(shallow, dropped or [])
+        shallow = Network(shallow, dropped_from(network.structure, dropped or []))
         pruning = Pruning(round_to=2, batchnorm_images=0)
-        return network, prune_network(network, MacGoal(macs=0.6), pruning, run=replace(run, data=Sized())), images
+        return network, prune_network(shallow, MacGoal(macs=0.6), pruning, run=replace(run, data=Sized())), images
 
     return prune
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "dropped"),
     [
-        "resnet18",
-        "mobilenet_v2",
-        "densenet",
-        "googlenet",
-        "regnet_x",
-        "vgg_bn",
-        "efficientnet_lite",
-        "mobilenet_v3_small",
+        ("resnet18", []),
+        ("resnet18", ["layer1.1", "layer1.0", "layer3.1"]),
+        ("mobilenet_v2", []),
+        ("mobilenet_v2", ["features.5", "features.13"]),
+        ("densenet", []),
+        ("googlenet", []),
+        ("regnet_x", []),
+        ("vgg_bn", []),
+        ("efficientnet_lite", []),
+        ("mobilenet_v3_small", []),
     ],
 )
-def test_the_kept_slice_is_what_the_original_computes_without_the_other_channels(pruned, name):
-    original, student, images = pruned(name)
+def test_the_kept_slice_is_what_the_original_computes_without_the_other_channels(pruned, name, dropped):
+    original, student, images = pruned(name, dropped)
     layers = stage_ends(student.module, images.shape[-1])
     here, there = channels(student, layers), channels(original, layers)
     whole = silenced(original.module, student.structure.kept)
+    for block in dropped:
+        whole.get_submodule(block).register_forward_hook(lambda _, inputs, __: inputs[0])
     with torch.no_grad():
         mine, theirs = observe(student.module, images, layers), observe(whole, images, layers)
     narrower = 0

@@ -25,6 +25,7 @@ from compress.targets.agent import SUFFIXES, UNAVAILABLE, sha256
 from compress.targets.emulated import counting, cycles
 from compress.targets.emulated.cores import CORES
 from compress.targets.emulated.debian import PLACE
+from compress.targets.emulated.layers import estimate_layers
 from compress.targets.emulated.parity import parity
 from compress.targets.emulated.userland import Userland, ready
 from compress.targets.local import Local
@@ -78,6 +79,12 @@ class Emulated:
     ) -> None:
         self._host.__exit__(kind, error, trace)
 
+    def estimating(self) -> dict[str, Any]:
+        """What estimated times depend on besides the machine's own facts. Raises TargetError without llvm-mca."""
+        assert self.userland is not None
+        versions = {"userland": self.userland.key, "qemu": self.userland.qemu.version}
+        return {**versions, "llvm_mca": cycles.find(self.progress).version, "mhz": CORES[self.cpu].mhz}
+
     def put(self, path: Path) -> str:
         return self._host.put(path)
 
@@ -90,7 +97,10 @@ class Emulated:
     def ask(
         self, arguments: Sequence[str], *, about: str, on_line: OnLine | None = None, timeout_s: float = 900
     ) -> dict[str, Any]:
-        """As `Machine.ask`; refuses to measure time."""
+        """As `Machine.ask`; refuses to measure time, and estimates that of `layers`."""
+        if arguments and arguments[0] == "layers":
+            assert self.userland is not None
+            return estimate_layers(arguments[1:], self.userland, self.cpu, self.progress, about=about, on_line=on_line)
         if arguments and arguments[0] in REFUSED:
             raise TargetError(
                 about,

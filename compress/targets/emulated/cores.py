@@ -21,15 +21,17 @@ class Core:
     scheduling: str
     """What llvm-mca calls the core, or the nearest it has a model of."""
     found_in: str
+    mhz: int
+    """Of the first board named."""
 
 
 ARMV8_0 = ("fp", "asimd", "aes", "pmull", "sha1", "sha2", "crc32", "cpuid")
 ARMV8_2 = ("atomics", "fphp", "asimdhp", "asimdrdm", "lrcpc", "dcpop", "asimddp")
 
 CORES = {
-    "cortex-a53": Core("0xd03", "0x0", 4, ARMV8_0, "cortex-a53", "Raspberry Pi 3, Zero 2 W"),
-    "cortex-a72": Core("0xd08", "0x0", 3, ARMV8_0, "cortex-a72", "Raspberry Pi 4"),
-    "cortex-a76": Core("0xd0b", "0x4", 1, ARMV8_0 + ARMV8_2, "neoverse-n1", "Raspberry Pi 5"),
+    "cortex-a53": Core("0xd03", "0x0", 4, ARMV8_0, "cortex-a53", "Raspberry Pi 3, Zero 2 W", 1200),
+    "cortex-a72": Core("0xd08", "0x0", 3, ARMV8_0, "cortex-a72", "Raspberry Pi 4", 1500),
+    "cortex-a76": Core("0xd0b", "0x4", 1, ARMV8_0 + ARMV8_2, "neoverse-n1", "Raspberry Pi 5", 2400),
 }
 """By the name that qemu takes for `-cpu`."""
 

@@ -2,7 +2,8 @@
 
    The emulated program makes a mark by a system call that no Linux has (`MARK`), with
      1  begin a window    2 end it    3 write everything to the file of the plugin's argument `out=`
-   and, for 1, whether the window's blocks are wanted too. Counted are the instructions of every translation block
+   and, for 1, whether the window's blocks are wanted too; for 3, a number N from 1 on to write `OUT.N` instead and to
+   count anew from there. Counted are the instructions of every translation block
    that the marking thread starts inside a window; those of other threads are counted apart, as `others`.
 
    qemu's own header for plugins is in no package of Debian's, so what is used of it is declared here, for the
@@ -112,11 +113,11 @@ static void translated(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
     free(words);
 }
 
-static void write_out(void)
+static void write_out(const char *path)
 {
-    FILE *file = fopen(out, "w");
+    FILE *file = fopen(path, "w");
     if (!file) {
-        perror(out);
+        perror(path);
         exit(1);
     }
     for (size_t i = 0; i < windows; i++)
@@ -131,9 +132,20 @@ static void write_out(void)
             fputc('\n', file);
         }
     if (fprintf(file, "end\n") < 0 || fclose(file)) {
-        perror(out);
+        perror(path);
         exit(1);
     }
+}
+
+static void write_part(uint64_t number)
+{
+    char path[4096];
+    snprintf(path, sizeof path, "%s.%" PRIu64, out, number);
+    write_out(path);
+    windows = 0;
+    for (size_t i = 0; i < BUCKETS; i++)
+        for (struct block *block = buckets[i]; block; block = block->next)
+            block->count = 0;
 }
 
 static void called(qemu_plugin_id_t id, unsigned thread, int64_t number, uint64_t mark, uint64_t blocks_too,
@@ -151,8 +163,10 @@ static void called(qemu_plugin_id_t id, unsigned thread, int64_t number, uint64_
         active = 0;
         counted[windows] = total;
         beside[windows++] = others;
+    } else if (mark == 3 && blocks_too) {
+        write_part(blocks_too);
     } else if (mark == 3) {
-        write_out();
+        write_out(out);
     }
 }
 

@@ -116,6 +116,27 @@ def count(
     )
 
 
+def count_each(
+    userland: Userland, plugin: Path, paths: Sequence[Path], cpu: str, runtime: str, *, stop: threading.Event
+) -> tuple[list[tuple[Block, ...]], str]:
+    """For each file the blocks of one inference, all in one process, and the runtime's version. Raises TargetError."""
+    about = f"{len(paths)} files on {PLACE}:{cpu}"
+    with tempfile.TemporaryDirectory(prefix="compress-") as folder:
+        listed, out = Path(folder) / "list.json", Path(folder) / "counts"
+        listed.write_text(json.dumps([str(path.absolute()) for path in paths]))
+        program = [str(INSIDE), str(Path(agent.__file__)), str(listed), runtime, "--each"]
+        answer = _run(userland, plugin, cpu, program, out, about=about, timeout_s=900, stop=stop)
+        found = []
+        for number in range(1, len(paths) + 1):
+            windows, blocks = _read(Path(f"{out}.{number}"), about)
+            own, others = windows[-1]
+            if others > OTHER_THREADS * own:
+                share = others / (own + others)
+                raise TargetError(about, f"{share:.1%} of its instructions ran in other threads", "run it again")
+            found.append(blocks)
+    return found, json.loads(answer.splitlines()[-1])["version"]
+
+
 def counted(
     userland: Userland,
     plugin: Path,
@@ -132,11 +153,32 @@ def counted(
     """
     with tempfile.TemporaryDirectory(prefix="compress-") as folder:
         out = Path(folder) / "counts"
-        options = ["-plugin", f"{plugin},out={out}"]
-        command = [*userland.python(cpu, qemu_options=options), "-P", *arguments]
-        environment = {**userland.environment, **FIXED}
-        answer = _finished(command, environment, about, timeout_s, stop or threading.Event())
-        lines = out.read_text().splitlines() if out.exists() else []
+        answer = _run(userland, plugin, cpu, arguments, out, about=about, timeout_s=timeout_s, stop=stop)
+        windows, blocks = _read(out, about)
+    return json.loads(answer.splitlines()[-1]), windows, blocks
+
+
+def _run(
+    userland: Userland,
+    plugin: Path,
+    cpu: str,
+    arguments: Sequence[str],
+    out: Path,
+    *,
+    about: str,
+    timeout_s: float,
+    stop: threading.Event | None,
+) -> str:
+    """What the emulated Python program prints; the plugin writes to `out`."""
+    options = ["-plugin", f"{plugin},out={out}"]
+    command = [*userland.python(cpu, qemu_options=options), "-P", *arguments]
+    environment = {**userland.environment, **FIXED}
+    return _finished(command, environment, about, timeout_s, stop or threading.Event())
+
+
+def _read(path: Path, about: str) -> tuple[list[tuple[int, int]], tuple[Block, ...]]:
+    """The windows and the blocks that the plugin wrote, those that executed most first."""
+    lines = path.read_text().splitlines() if path.exists() else []
     if lines[-1:] != ["end"]:
         raise TargetError(about, "the emulator's plugin wrote no counts", "is its qemu newer than this program?")
     windows, blocks = [], []
@@ -149,7 +191,7 @@ def counted(
             code = tuple(int(text[i : i + 8], 16) for i in range(0, len(text), 8))
             blocks.append(Block(int(values[0], 16), int(values[1]), code))
     blocks.sort(key=lambda block: (-block.executed, block.address))
-    return json.loads(answer.splitlines()[-1]), windows, tuple(blocks)
+    return windows, tuple(blocks)
 
 
 def _finished(

@@ -71,9 +71,16 @@ def find(progress: Progress) -> Mca:
     return mca_fetched
 
 
-def estimate(mca: Mca, blocks: Sequence[Block], cpu: str) -> Estimate:
-    """Cycles of one inference on a core; `share_covered` is 0 where the model knows none of the blocks."""
-    core = CORES[cpu].scheduling
+Known = dict[tuple[int, ...], float | None]
+"""Cycles of blocks by their instructions; None where the model cannot place one of them."""
+
+
+def estimate(mca: Mca, blocks: Sequence[Block], cpu: str, known: Known | None = None) -> Estimate:
+    """Cycles of one inference on a core; `share_covered` is 0 where the model knows none of the blocks.
+
+    Blocks that `known` has are not asked for again; it learns the others.
+    """
+    known = {} if known is None else known
     total = sum(block.executed for block in blocks)
     hot: list[Block] = []
     covered = 0
@@ -82,10 +89,13 @@ def estimate(mca: Mca, blocks: Sequence[Block], cpu: str) -> Estimate:
             break
         hot.append(block)
         covered += block.executed
-    texts = _assembly(mca, hot)
-    known = [(block, text) for block, text in zip(hot, texts, strict=True) if text]
-    cycles = _cycles(mca, [text for _, text in known], core)
-    answered = [(block, own) for (block, _), own in zip(known, cycles, strict=True) if own is not None]
+    new = list({block.words: block for block in hot if block.words not in known}.values())
+    texts = _assembly(mca, new) if new else []
+    placed = [(block, text) for block, text in zip(new, texts, strict=True) if text]
+    cycles = _cycles(mca, [text for _, text in placed], CORES[cpu].scheduling)
+    known.update(dict.fromkeys((block.words for block in new), None))
+    known.update({block.words: own for (block, _), own in zip(placed, cycles, strict=True)})
+    answered = [(block, own) for block in hot if (own := known[block.words]) is not None]
     executed = sum(block.executed for block, _ in answered)
     if not executed:
         return Estimate(0, 0.0, 0)

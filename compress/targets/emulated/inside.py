@@ -1,8 +1,10 @@
 """Runs in the emulated Python: does one inference at a time between two marks that `counter.c` sees.
 
     python inside.py AGENT MODEL RUNTIME [--inputs X.npy] [--windows 3]
+    python inside.py AGENT LIST.json RUNTIME --each
 
-Prints one JSON object. It knows of `compress` only the agent, which opens the model as it does on a board.
+Prints one JSON object. With `--each` the list names models, and each has a window and a file of counts of its own. It
+knows of `compress` only the agent, which opens the model as it does on a board.
 """
 
 from __future__ import annotations
@@ -41,12 +43,32 @@ def window(function: Callable[[Any], Any] | None, array: Any, blocks_too: int) -
         syscall(MARK, END, 0)
 
 
+FEW = 3
+"""Warm-up calls of each of many models: Python's part is the same in all of them, and what counts is differences."""
+
+
+def each(agent: Any, names: list[str], runtime: str) -> str:
+    """One window for every model, written out under its number from 1 on; the version of the runtime."""
+    gc.disable()
+    version = ""
+    for number, name in enumerate(names, start=1):
+        model = agent.open_model(name, runtime, 1)
+        array, version = agent.random_input(model.input), model.version
+        for _ in range(FEW):
+            window(model.infer, array, 0)
+        syscall(MARK, WRITE, len(names) + 1)  # forget them
+        window(model.infer, array, 1)
+        syscall(MARK, WRITE, number)
+    return version
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("agent", "model", "runtime"):
         parser.add_argument(name)
     parser.add_argument("--inputs")
     parser.add_argument("--windows", type=int, default=3)
+    parser.add_argument("--each", action="store_true")
     given = parser.parse_args()
 
     spec = importlib.util.spec_from_file_location("agent", given.agent)
@@ -58,6 +80,11 @@ def main() -> None:
     import numpy as np
 
     try:
+        if given.each:
+            with open(given.model, encoding="utf-8") as file:
+                version = each(agent, json.load(file), given.runtime)
+            print(json.dumps({"runtime": given.runtime, "version": version}))
+            return
         model = agent.open_model(given.model, given.runtime, 1)
         array = (
             model.feed(np.load(given.inputs, allow_pickle=False)[0])
