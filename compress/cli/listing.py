@@ -11,7 +11,7 @@ from typing import Any, Literal
 from compress.errors import CompressError
 from compress.locks import holder_of
 from compress.progress import LOG, read_log
-from compress.written import read_json
+from compress.written import read_json, read_text
 
 State = Literal["finished", "failed", "running", "paused", "interrupted", "damaged"]
 LOCK = "lock"
@@ -154,7 +154,7 @@ def _planned(folder: Path) -> int | None:
     from ruamel.yaml.error import YAMLError
 
     try:
-        recipe = YAML(typ="safe", pure=True).load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        recipe = YAML(typ="safe", pure=True).load(read_text(folder / "recipe.yaml"))
         return 1 + len(recipe["stages"])
     except (OSError, YAMLError, TypeError, KeyError, ValueError):
         return None
@@ -198,7 +198,7 @@ def shown(folder: Path) -> Shown:
         way_out = "give the folder that `compress run` wrote"
         raise CompressError(folder, row.reason if (folder / "run.json").exists() else "no run.json in it", way_out)
     try:
-        recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
+        recipe = read_text(folder / "recipe.yaml")
     except (OSError, ValueError):
         recipe = ""
     paths = (folder / "stages" / str(label) / "manifest.json" for label in facts.get("stages") or [])

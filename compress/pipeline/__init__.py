@@ -177,8 +177,8 @@ def open_run(folder: Path, progress: Progress, base: Path) -> tuple[Recipe, Prod
 
 
 def _opened(folder: Path, facts: dict[str, Any], progress: Progress, base: Path) -> tuple[Recipe, Product, Data]:
-    places = (folder / "stages" / name / manifest.NAME for name in sorted(facts.get("stages", [])))
-    finished = [found for place in places if (found := read_json(place))]
+    places = (folder / "stages" / name for name in sorted(facts.get("stages", [])))
+    finished = [found for place in places if (found := manifest.read(place))]
     if not finished:
         raise CompressError(folder, "not a run with a finished stage", "give the folder that `compress run` wrote")
     refs = finished[-1]["product"]

@@ -161,6 +161,8 @@ def test_states_of_runs_that_did_not_end(place):
     shutil.rmtree(copy("gone") / "stages/01-train")
     change(copy("odd") / "run.json", stages=7)
     (copy("half") / "stages/01-train/manifest.json").write_text('{"stage": "train"')
+    (copy("pipe") / "run.json").unlink()
+    os.mkfifo(place / "runs/pipe/run.json")
     (place / "runs/begun").mkdir()
     (place / "runs/begun/log.jsonl").write_text("")
     (place / "runs/notes").mkdir()
@@ -176,6 +178,7 @@ def test_states_of_runs_that_did_not_end(place):
         "gone": "damaged",
         "odd": "damaged",
         "half": "damaged",
+        "pipe": "damaged",
         "begun": "interrupted",
     }
     assert found["stopped"].reason == "SIGINT"
@@ -238,6 +241,14 @@ def test_mistakes_are_one_line(place, words, said):
     with pytest.raises(CompressError, match=said) as caught:
         compress(*words)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_manifest_without_its_date_is_one_line(place):
+    manifest = place / "runs/small/stages/01-train/manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "finished": None}))
+    for words in (["show", "runs/small"], ["show", "runs/small", "train"]):
+        with pytest.raises(CompressError, match=r"runs/small: does not say what it should \(.*; run its recipe again"):
+            compress(*words)
 
 
 @pytest.mark.slow
