@@ -204,6 +204,7 @@ def _fit(
             after[1](student)
             wrapped = _wrapped(student, run)
         history = course.restore(kept.load(), run)
+        run.epochs.earlier_s += sum(entry["seconds"] for entry in history)
         run.progress.note(f"{label}: goes on after epoch {done}")
     step = done * steps
     for epoch in range(done, settings.epochs):

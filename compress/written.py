@@ -43,8 +43,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces the file as one step."""
-    write_bytes(path, text.encode())
+    """Replaces the file as one step. A name of a file that is no UTF-8 becomes `\\udcff`, as in JSON."""
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -77,7 +77,9 @@ def listed(folder: Path) -> Listed:
         if holder is not None:
             return Listed(folder.name, str(folder), "running", str(holder))
         if not (folder / "run.json").exists():
-            return Listed(folder.name, str(folder), "interrupted", _said(folder) or "nothing has run yet")
+            last = _last_events(folder)
+            state: State = "failed" if "error" in last else "interrupted"
+            return Listed(folder.name, str(folder), state, next(iter(last.values()), "") or "nothing has run yet")
         return Listed(folder.name, str(folder), "damaged", "run.json cannot be read")
     try:
         row = _read(folder, facts)
@@ -142,10 +144,6 @@ def _last_events(folder: Path) -> dict[str, str]:
             if line.get("event") in ("error", "signal", "run_paused"):
                 found[line["event"]] = str(facts.get("text") or facts.get("name") or "")
     return found
-
-
-def _said(folder: Path) -> str:
-    return next(iter(_last_events(folder).values()), "")
 
 
 def _planned(folder: Path) -> int | None:

@@ -34,7 +34,6 @@ from compress.product import Data, Product
 from compress.progress import LOG, Progress, logged
 from compress.recipe import Recipe
 from compress.recipe.control import NO_DISTILLATION, without_distillation
-from compress.shown import without_secrets
 from compress.stages.benchmark import MEASURING
 from compress.written import read_json, refuse_pipes, write_text
 
@@ -111,7 +110,7 @@ def _run_stages(fold: Fold, command: str, until: int | None = None) -> Outcome:
     processes.shared(lambda: refuse_pipes(folder))
     facts = facts_of(fold, command)
     fold.record(facts)
-    processes.shared(lambda: write_text(folder / "recipe.yaml", without_secrets(recipes.dump(recipe))))
+    processes.shared(lambda: write_text(folder / "recipe.yaml", recipes.dump(recipe, masked=True)))
     fold.notes.event("run_started", pid=os.getpid(), base=fold.base, **{name: facts[name] for name in STARTED})
     ran: list[str] = []
     resumed: list[str] = []

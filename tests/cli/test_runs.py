@@ -165,6 +165,8 @@ def test_states_of_runs_that_did_not_end(place):
     os.mkfifo(place / "runs/pipe/run.json")
     (place / "runs/begun").mkdir()
     (place / "runs/begun/log.jsonl").write_text("")
+    (place / "runs/wrong").mkdir()
+    log(place / "runs/wrong", "error", text="photos/a.jpg: is no readable image")
     (place / "runs/notes").mkdir()
     found = rows()
     assert {name: row.state for name, row in found.items()} == {
@@ -180,9 +182,11 @@ def test_states_of_runs_that_did_not_end(place):
         "half": "damaged",
         "pipe": "damaged",
         "begun": "interrupted",
+        "wrong": "failed",
     }
     assert found["stopped"].reason == "SIGINT"
     assert found["broken"].reason == "stage 02-quantize: no room"
+    assert found["wrong"].reason == "photos/a.jpg: is no readable image"
     assert found["refused"].reason == "03-export: too large"
     assert "01-train" in found["gone"].reason
     assert (found["killed"].stages_done, found["killed"].stages) == (2, 4)
