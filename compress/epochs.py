@@ -11,6 +11,7 @@ disk, whole, before `epoch.json` names it, and the state before it goes only aft
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -76,6 +77,8 @@ class Epochs:
 
     folder: Path | None = None
     begun: int = 0
+    earlier_s: float = 0.0
+    """What epochs took that earlier attempts have finished."""
 
     def begin(self) -> Training:
         """The place of the next training."""
@@ -106,7 +109,7 @@ class Training:
             content = (self.folder / str(found.get("file"))).read_bytes()
         except OSError:
             return None
-        if hashlib.sha256(content).hexdigest() != found.get("sha256"):
+        if _sha256(content, found.get("facts")) != found.get("sha256"):
             return None
         self.current = found["file"]
         return content
@@ -125,8 +128,13 @@ class Training:
         # Clones: modules may share tensors, the file cannot.
         content = save({key: value.detach().cpu().contiguous().clone() for key, value in state.tensors.items()})
         write_bytes(self.folder / name, content)
-        facts = {"file": name, "sha256": hashlib.sha256(content).hexdigest(), "facts": dict(state.facts)}
-        write_json(self._header, facts)
+        facts = dict(state.facts)
+        write_json(self._header, {"file": name, "sha256": _sha256(content, facts), "facts": facts})
         if self.current not in ("", name):
             (self.folder / self.current).unlink(missing_ok=True)
         self.current = name
+
+
+def _sha256(content: bytes, facts: Any) -> str:
+    """Of both: neither is believed without the other."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode() + content).hexdigest()

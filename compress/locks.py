@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from compress.progress import Progress
 
 BOOT, KILLED = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/vmstat")
+LOOKS, LOOK_S = 3, 0.02
 _open: set[IO[bytes]] = set()
 """Files with locks of this process. A forked child would hold them on after its parent's death."""
 _held: set[Path] = set()
@@ -88,7 +90,7 @@ def held(
     while True:
         file = path.open("ab+")
         try:
-            if not _taken(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            if not _taken_soon(file):
                 holder = _holder(file)
                 if waiting is None:
                     raise HeldError(place or path, holder, way_out)
@@ -155,6 +157,15 @@ def _taken(file: IO[bytes], kind: int) -> bool:
     except OSError:
         return True
     return True
+
+
+def _taken_soon(file: IO[bytes]) -> bool:
+    """Whether the lock is ours now. `holder_of` holds it for a moment while it looks: that is nobody at work."""
+    for _ in range(LOOKS):
+        if _taken(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            return True
+        time.sleep(LOOK_S)
+    return False
 
 
 def _same(file: IO[bytes], path: Path) -> bool:

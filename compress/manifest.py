@@ -7,9 +7,12 @@ import hashlib
 import json
 import re
 import shutil
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ValidationError
 
 from compress.models import file_sha256
 from compress.written import read_json
@@ -21,6 +24,52 @@ TRAINING_PACKAGES = ("torch", "torch-pruning", "numpy", "pillow")
 FILE_PACKAGES = ("onnx", "onnxscript", "onnx-ir", "flatbuffers", "onnxruntime", "ai-edge-litert", "ncnn")
 SHOWING = ("api.py", "cli", "progress.py", "report", "starting", "sweep", "tracking")
 """What of our code only asks for work or shows it: it cannot change a stage's result."""
+
+
+class _File(BaseModel):
+    sha256: str
+    size_bytes: int
+
+
+class _Network(BaseModel):
+    accuracy: float
+    params: int
+    macs: int
+    precision: str
+
+
+class _Product(BaseModel):
+    network: str | None
+    parent: str | None
+    float_network: str | None
+    files: dict[str, str]
+    layer_losses: dict[str, dict[str, float]]
+
+
+class _Manifest(BaseModel):
+    """What every stage's manifest holds, whatever the stage. There is more in it."""
+
+    stage: str
+    folder: str
+    key: str
+    settings: dict[str, Any]
+    seconds: float
+    finished: Annotated[str, AfterValidator(datetime.fromisoformat)]
+    product: _Product
+    network: _Network | None
+    metrics: dict[str, Any]
+    notes: list[str]
+    files: dict[str, _File]
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest of a stage's folder; empty where there is none, or where it says other things than stages do."""
+    found = read_json(folder / NAME)
+    try:
+        _Manifest.model_validate(found, strict=True)
+    except ValidationError:
+        return {}
+    return found
 
 
 def key(*parts: Any) -> str:
@@ -66,9 +115,8 @@ def damage(folder: Path, wanted: str) -> str:
 
 
 def _of_key(folder: Path, wanted: str) -> dict[str, Any]:
-    manifest = read_json(folder / NAME)
-    failed = manifest.get("metrics", {}).get("verdict") == "FAIL"
-    return {} if manifest.get("key") != wanted or failed else manifest
+    manifest = read(folder)
+    return {} if manifest.get("key") != wanted or manifest["metrics"].get("verdict") == "FAIL" else manifest
 
 
 def _damaged(folder: Path, manifest: dict[str, Any]) -> str:
@@ -90,7 +138,7 @@ def noisy(manifest: dict[str, Any]) -> bool:
 
 def other_machine(folder: Path, machine: dict[str, Any]) -> str:
     """What a benchmark's machine differs in from the one that would measure now: `governor was a, is b`."""
-    before = read_json(folder / NAME).get("machine", {})
+    before = read(folder).get("machine", {})
     return ", ".join(
         f"{fact} was {before[fact]}, is {now}" for fact, now in machine.items() if before.get(fact, now) != now
     )

@@ -39,7 +39,11 @@ def joined() -> Iterator[tuple[int, int]]:
     device = own_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    except ValueError as error:  # a cluster's own WORLD_SIZE, without what torchrun sets
+        way_out = "start it with torchrun, or unset WORLD_SIZE"
+        raise CompressError(f"WORLD_SIZE={count}", str(error).partition(": ")[2] or str(error), way_out) from error
     try:
         yield dist.get_rank(), count
     except RuntimeError as error:

@@ -160,7 +160,8 @@ class JsonLines:
         time_utc = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         level = LEVELS.get(kind, "info")
         line = {"time": time_utc, "level": level, "event": kind, "stage": stage, "facts": _plain(facts)}
-        self.write(json.dumps(without_secrets(line), ensure_ascii=False, allow_nan=False))
+        said = json.dumps(without_secrets(line), ensure_ascii=False, allow_nan=False)
+        self.write(said.encode(errors="backslashreplace").decode())  # names of files may be no UTF-8
         if kind in ("stage_finished", "stage_resumed"):
             self.stage = None
 

@@ -282,6 +282,7 @@ def _fit(
             wrapped = _wrapped(student, run)
         history = course.restore(kept.load(), run)
         wrapped = _wrapped(student, run) if narrowing is not None else wrapped
+        run.epochs.earlier_s += sum(entry["seconds"] for entry in history)
         run.progress.note(f"{label}: goes on after epoch {done}")
     step = done * steps
     for epoch in range(done, settings.epochs):

@@ -17,11 +17,21 @@ from typing import Any
 
 from compress.shown import without_secrets
 
+PIPE = "Is a pipe or a device and no file; remove it"
+
+
+def read_text(path: Path) -> str:
+    """The file's text. Raises OSError or ValueError where there is none; a pipe or a device is not waited for."""
+    with open(path, encoding="utf-8", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, PIPE, str(path))
+        return file.read()
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """The file's object; empty where there is none or it was cut short."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -33,8 +43,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces the file as one step."""
-    write_bytes(path, text.encode())
+    """Replaces the file as one step. A name of a file that is no UTF-8 becomes `\\udcff`, as in JSON."""
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -63,7 +73,7 @@ def refuse_pipes(folder: Path) -> None:
             path = os.path.join(inside, name)
             with contextlib.suppress(FileNotFoundError):
                 if not stat.S_ISREG(os.stat(path).st_mode):
-                    raise OSError(errno.EINVAL, "Is a pipe or a device and no file; remove it", path)
+                    raise OSError(errno.EINVAL, PIPE, path)
 
 
 def put_in_place(partial: Path, place: Path) -> None:

@@ -184,7 +184,18 @@ def test_a_training_that_is_over_is_not_trained_again(stage: Any, product: Produ
     assert again.layer_losses == once.layer_losses
 
 
-@pytest.mark.parametrize("damage", ["cut", "altered", "gone", "header cut", "header gone"])
+def test_what_earlier_attempts_took_is_counted(product: Product, run: Run, tmp_path: Path) -> None:
+    prepare_epochs(tmp_path / "t", "key")
+    first = Epochs(tmp_path / "t")
+    with pytest.raises(Killed):
+        train().apply(product, replace(run, progress=Lethal(at=9), epochs=first))
+    second = Epochs(tmp_path / "t")
+    history = train().apply(product, replace(run, epochs=second)).metrics["history"]
+    assert first.earlier_s == 0
+    assert second.earlier_s == pytest.approx(sum(entry["seconds"] for entry in history[:2]))
+
+
+@pytest.mark.parametrize("damage", ["cut", "altered", "gone", "header cut", "header gone", "header altered"])
 def test_a_damaged_state_is_noticed_and_the_training_begins_again(
     product: Product, run: Run, tmp_path: Path, damage: str
 ) -> None:
@@ -207,6 +218,8 @@ def test_a_damaged_state_is_noticed_and_the_training_begins_again(
             header.write_bytes(header.read_bytes()[:-5])
         case "header gone":
             header.unlink()
+        case "header altered":
+            header.write_text(header.read_text().replace('"loss": ', '"loss": 1'))
     progress = Lethal(at=0)
     again = train().apply(product, replace(run, progress=progress, epochs=Epochs(folder)))
     assert progress.steps_taken == EPOCHS * 4

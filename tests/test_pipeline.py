@@ -204,6 +204,18 @@ def test_a_changed_factory_or_teacher_is_another_input(place):
     assert go(place, taught, model, out="inputs").ran == ["00-load", "01-distill"]
 
 
+def test_a_teacher_that_another_package_built_is_another_input(place, monkeypatch):
+    from compress.pipeline import fold
+
+    recipe = recipes.load(place / "recipe.yaml", ["stages=[{use: distill, teacher: run/stages/01-train/network}]"])
+    monkeypatch.setattr(fold, "packages", lambda model: ("torchpacked",))
+    keys = []
+    for number in ("1.0", "2.0"):
+        monkeypatch.setattr(fold.manifest, "versions", lambda names, number=number: dict.fromkeys(names, number))
+        keys.append(fold.lessons_of(recipe.stages[0], place, Silent()))
+    assert keys[0] != keys[1]
+
+
 def test_random_state_of_the_caller_does_not_matter(place):
     torch.manual_seed(99)
     go(place, "stages=[{use: train, epochs: 3, lr: 0.05}]", out="seeded")

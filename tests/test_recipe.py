@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -608,6 +609,14 @@ def test_the_hash_is_of_the_settings_and_not_of_their_spelling(write: Write) -> 
     assert {recipes.recipe_hash(recipes.load(path, overrides)) for overrides in same} == {recipes.recipe_hash(recipe)}
     other = [["seed=4"], ["stages.prune.goal.macs=0.41"], ["preprocess.crop=1"], ["stages.train.epochs=3"]]
     assert len({recipes.recipe_hash(recipes.load(path, overrides)) for overrides in [[], *other]}) == 5
+
+
+def test_a_masked_dump_knows_secrets_before_they_are_quoted(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", 'it\'s "my" secret')
+    model = {"use": "a:b", "args": {"token": os.environ["HF_TOKEN"]}}
+    recipe = recipes.load(write(GOOD)).model_copy(update={"model": Factory.model_validate(model)})
+    assert "secret" in recipes.dump(recipe)
+    assert "secret" not in recipes.dump(recipe, masked=True)
 
 
 def test_a_dump_reads_well(good: recipes.Recipe) -> None:

@@ -101,7 +101,7 @@ def test_the_photograph_recipe_runs_every_stage(tmp_path):
     words = ["run", "recipes/mobilenetv2_imagenette.yaml", *short, *quick, "--out", str(tmp_path / "run")]
     subprocess.run([sys.executable, "-m", "compress.cli", *words], cwd=ROOT, env=environment(), check=True)
     stages = manifests(tmp_path / "run")
-    assert "head replaced: 1000 -> 10 classes" in stages["00-load"]["notes"]
+    assert any(note.startswith("head replaced: 1000 -> 10 classes") for note in stages["00-load"]["notes"])
     assert stages["03-prune"]["metrics"]["reached"] <= 0.33
     assert stages["07-verify"]["metrics"]["verdict"] == "PASS"
     assert stages["07-verify"]["metrics"]["images"] == 3925
@@ -127,7 +127,9 @@ def test_two_processes_under_torchrun(tmp_path):
     assert stages["01-train"]["network"]["accuracy"] > 0.8
     assert stages["06-verify"]["metrics"]["verdict"] == "PASS"
     again = on_two_processes(tmp_path)
-    assert again.stdout.count("unchanged, taken from the run of") == 8
+    # A benchmark that was noisy is measured again.
+    noisy = any(pair["verdict"] == "NOISY" for pair in stages["07-benchmark"]["metrics"]["pairs"])
+    assert again.stdout.count("unchanged, taken from the run of") == 8 - noisy
 
 
 @pytest.mark.parametrize(

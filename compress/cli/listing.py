@@ -11,7 +11,7 @@ from typing import Any, Literal
 from compress.errors import CompressError
 from compress.locks import holder_of
 from compress.progress import LOG, read_log
-from compress.written import read_json
+from compress.written import read_json, read_text
 
 State = Literal["finished", "failed", "running", "paused", "interrupted", "damaged"]
 LOCK = "lock"
@@ -77,7 +77,9 @@ def listed(folder: Path) -> Listed:
         if holder is not None:
             return Listed(folder.name, str(folder), "running", str(holder))
         if not (folder / "run.json").exists():
-            return Listed(folder.name, str(folder), "interrupted", _said(folder) or "nothing has run yet")
+            last = _last_events(folder)
+            state: State = "failed" if "error" in last else "interrupted"
+            return Listed(folder.name, str(folder), state, next(iter(last.values()), "") or "nothing has run yet")
         return Listed(folder.name, str(folder), "damaged", "run.json cannot be read")
     try:
         row = _read(folder, facts)
@@ -144,17 +146,13 @@ def _last_events(folder: Path) -> dict[str, str]:
     return found
 
 
-def _said(folder: Path) -> str:
-    return next(iter(_last_events(folder).values()), "")
-
-
 def _planned(folder: Path) -> int | None:
     """How many stages the resolved recipe has, with the loading of the network."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
     try:
-        recipe = YAML(typ="safe", pure=True).load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        recipe = YAML(typ="safe", pure=True).load(read_text(folder / "recipe.yaml"))
         return 1 + len(recipe["stages"])
     except (OSError, YAMLError, TypeError, KeyError, ValueError):
         return None
@@ -198,7 +196,7 @@ def shown(folder: Path) -> Shown:
         way_out = "give the folder that `compress run` wrote"
         raise CompressError(folder, row.reason if (folder / "run.json").exists() else "no run.json in it", way_out)
     try:
-        recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
+        recipe = read_text(folder / "recipe.yaml")
     except (OSError, ValueError):
         recipe = ""
     paths = (folder / "stages" / str(label) / "manifest.json" for label in facts.get("stages") or [])

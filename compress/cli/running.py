@@ -29,6 +29,7 @@ from compress.cli.console import (
 from compress.cli.reports import show_summary
 from compress.errors import CompressError, GateError
 from compress.progress import LOG, JsonLines, Progress, RichProgress, Silent, logged
+from compress.shown import without_secrets
 from compress.tracking import TrackerName, following
 
 
@@ -70,7 +71,7 @@ def run(
         for note in recipes.notes(loaded):
             progress.note(note)
     began = time.perf_counter()
-    command = shlex.join(["compress", *sys.argv[1:]])
+    command = shlex.join(without_secrets(["compress", *sys.argv[1:]]))  # a quoted one is not known any more
     failure: CompressError | None = None
     asked, settings = (track or []) if first else [], loaded.model_dump(mode="json")
     with following(asked, folder, loaded.name, settings, progress) as followed:

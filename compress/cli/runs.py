@@ -6,11 +6,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from compress.cli.console import RunFolder, say, show_rows
+
+if TYPE_CHECKING:
+    from compress.cli.listing import Shown
 
 LONGEST = 60
 """Characters of a reason in the table."""
@@ -60,15 +63,21 @@ def show(
     Facts, figures, notes, files with their hashes, the resolved recipe.
     """
     from compress.cli.listing import shown, stage_of
+    from compress.gate.record import understood
 
     run = shown(folder)
-    if stage is not None:
-        _show_stage(folder, stage_of(run, stage), as_json)
-        return
-    if as_json:
+    if as_json and stage is None:
         found = {"listed": asdict(run.listed), "run": run.run, "recipe": run.recipe, "stages": run.stages}
         print(json.dumps(found, indent=1))
         return
+    with understood(folder, "run its recipe again"):
+        if stage is None:
+            _show_run(run)
+        else:
+            _show_stage(folder, stage_of(run, stage), as_json)
+
+
+def _show_run(run: Shown) -> None:
     from compress.report import wording
 
     row, facts = run.listed, run.run

@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from compress.cli.console import Overrides, RecipePath, Setup, output, say, show_rows, warn
 from compress.errors import CompressError
+from compress.shown import without_secrets
 
 
 def sweep(
@@ -49,7 +50,7 @@ def sweep(
         recipe=recipe,
         cells=matrix,
         folder=folder,
-        command=shlex.join(["compress", *sys.argv[1:]]),
+        command=shlex.join(without_secrets(["compress", *sys.argv[1:]])),
         base=Path.cwd(),
         workers=workers,
         engine=engine,

@@ -290,7 +290,8 @@ def _zero_or_one(column: str, cell: str) -> float:
 
 def _in_order(name: str) -> tuple[int, int, str]:
     """10 after 9, and numbers before words."""
-    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
+    counts = name.isdecimal() and len(name) < 100  # Python refuses to read thousands of digits
+    return (0, int(name), name) if counts else (1, 0, name)
 
 
 def _reader(root: Path, rows: Sequence[Row]) -> Callable[[int], bytes]:

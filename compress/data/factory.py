@@ -66,7 +66,7 @@ def open_factory(
             raise DataError(error.place, error.problem, error.way_out) from error
         try:
             returned = function(**settings.args)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise DataError(place, f"raised {_said(error)}", "correct the function, or `args`") from error
     if not isinstance(returned, tuple) or len(returned) != 2:
         raise DataError(place, f"returned {_kind(returned)}", "it must return (training images, images for evaluation)")
@@ -76,6 +76,10 @@ def open_factory(
             raise DataError(
                 f"{place}: {name}", f"is {_kind(part)}", "give a list, or an object with a length and items"
             )
+        try:
+            len(part)
+        except Exception as error:
+            raise DataError(f"{place}: {name}", f"its length raised {_said(error)}", "correct the function") from error
     if len(splits) == (2 if settings.holdout is not None else 1):
         says = "images for evaluation, but `holdout` is set" if settings.holdout else "no images for evaluation"
         raise DataError(place, f"returned {says}", "give either the one or the other")
@@ -197,6 +201,6 @@ def _kind(value: Any) -> str:
     )
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     """Kind and message in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

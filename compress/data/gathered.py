@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -96,6 +96,9 @@ def opened(
     An image whose very bytes are in both splits is for evaluation only; a note says how many those were.
     Raises DataError for faulty images, all of them at once, and for classes that are not in both splits.
     """
+    # Exported files hold the names, and have room for nothing but UTF-8.
+    labels = tuple(name.encode(errors="backslashreplace").decode() for name in found.labels)
+    found = replace(found, labels=labels)
     if settings.balance != "none" and found.task == "regression":
         raise DataError(found.place, "`balance` is for classes and labels", "leave it out of a regression")
     if not settings.standardize and found.task != "regression":

@@ -77,10 +77,14 @@ def inputs(settings: AnyModel, base: Path, progress: Progress | None = None) -> 
             files = [*huggingface.huggingface_weights(settings, base, progress)]
             files += [] if settings.config else [huggingface.config_file(settings, base, progress)]
         case Factory():
-            files = [base / settings.weights if settings.weights else None, *code_of(settings).files]
+            files = [_weights_file(settings, base), *code_of(settings).files]
         case _:
-            files = [base / settings.weights if settings.weights else None]
+            files = [_weights_file(settings, base)]
     return [path for path in files if path is not None]
+
+
+def _weights_file(settings: AnyModel, base: Path) -> Path | None:
+    return base / Path(settings.weights).expanduser() if settings.weights else None
 
 
 def code_of(settings: Factory) -> Sources:
@@ -166,8 +170,8 @@ def started(settings: AnyModel, num_classes: int, preprocess: Preprocess, progre
             if file := torchvision.torchvision_weights(settings, base, progress):
                 load_weights(module, file, progress)
         case _:
-            if settings.weights:
-                load_weights(module, base / Path(settings.weights).expanduser(), progress)
+            if file := _weights_file(settings, base):
+                load_weights(module, file, progress)
     return module
 
 

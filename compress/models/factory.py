@@ -48,7 +48,7 @@ def build_factory(
         extra = {"num_classes": num_classes} if takes(factory, "num_classes") else {}
         try:
             module = factory(**settings.args, **extra)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ModelError(place, f"raised {_said(error)}") from error
         if not isinstance(module, nn.Module):
             raise ModelError(place, f"returned {type(module).__name__}", "it must return a torch.nn.Module")
@@ -92,7 +92,7 @@ def find(use: str, place: str) -> Callable[..., Any]:
                 place, f"no module `{error.name}`", f"searched in {Path.cwd()} and the installed packages"
             ) from None
         raise ModelError(place, f"importing `{path}` raised {_said(error)}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # of a script that reads its command line
         raise ModelError(place, f"importing `{path}` raised {_said(error)}") from error
     for part in name.split("."):
         if not hasattr(found, part):
@@ -105,6 +105,6 @@ def find(use: str, place: str) -> Callable[..., Any]:
     return found
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     """Kind and message in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -36,7 +36,6 @@ from compress.product import Data, Product
 from compress.progress import LOG, Progress, logged
 from compress.recipe import Recipe
 from compress.recipe.control import NO_DISTILLATION, without_distillation
-from compress.shown import without_secrets
 from compress.stages.benchmark import MEASURING
 from compress.written import read_json, refuse_pipes, write_text
 
@@ -117,7 +116,7 @@ def _run_stages(fold: Fold, command: str, until: int | None = None) -> Outcome:
     processes.shared(lambda: refuse_pipes(folder))
     facts = facts_of(fold, command)
     fold.record(facts)
-    processes.shared(lambda: write_text(folder / "recipe.yaml", without_secrets(recipes.dump(recipe))))
+    processes.shared(lambda: write_text(folder / "recipe.yaml", recipes.dump(recipe, masked=True)))
     fold.notes.event("run_started", pid=os.getpid(), base=fold.base, **{name: facts[name] for name in STARTED})
     ran: list[str] = []
     resumed: list[str] = []
@@ -183,8 +182,8 @@ def open_run(folder: Path, progress: Progress, base: Path) -> tuple[Recipe, Prod
 
 
 def _opened(folder: Path, facts: dict[str, Any], progress: Progress, base: Path) -> tuple[Recipe, Product, Data]:
-    places = (folder / "stages" / name / manifest.NAME for name in sorted(facts.get("stages", [])))
-    finished = [found for place in places if (found := read_json(place))]
+    places = (folder / "stages" / name for name in sorted(facts.get("stages", [])))
+    finished = [found for place in places if (found := manifest.read(place))]
     if not finished:
         raise CompressError(folder, "not a run with a finished stage", "give the folder that `compress run` wrote")
     refs = finished[-1]["product"]

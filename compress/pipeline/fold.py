@@ -167,16 +167,17 @@ class Fold:
         training = place.with_name(place.name + ".training")
         together = stage is not None and stage.use in TOGETHER
         self.notes.kept.clear()
-        began = time.perf_counter()
+        began, epochs = time.perf_counter(), Epochs(training)
         made: list[Product] = []
 
         def work() -> None:
-            made.append(self._apply(index, stage, label, partial, before, together, Epochs(training)))
+            made.append(self._apply(index, stage, label, partial, before, together, epochs))
 
         def save() -> dict[str, Any]:
             if not together:
                 work()
-            return self._save(index, stage, label, place, partial, before, made[0], time.perf_counter() - began)
+            seconds = epochs.earlier_s + time.perf_counter() - began
+            return self._save(index, stage, label, place, partial, before, made[0], seconds)
 
         def safe_save() -> dict[str, Any]:
             with told(self.folder, f"stage {label}"):
@@ -303,6 +304,7 @@ class Fold:
             [file_sha256(path) for path in inputs(recipe.model, self.base, self.notes.shown)],
             recipe.data.model_dump(mode="json", exclude=SPEED),  # the fingerprint knows the content
             self.data.fingerprint,
+            list(self.data.labels),  # which exported files name
             recipe.preprocess.model_dump(mode="json"),
             recipe.seed,
             self.code,
@@ -393,12 +395,15 @@ def _relative(path: Path, partial: Path, label: str, folder: Path) -> str:
 
 
 def lessons_of(stage: StageSettings, base: Path, progress: Progress) -> list[str]:
-    """Hashes of what a stage is taught with and that lies outside this run: saved teachers, images without labels."""
+    """What a stage is taught with and that lies outside this run: hashes of saved teachers, with the versions of the
+    packages that build them, and of images without labels."""
     folders = [base / teacher for teacher in outside_teachers(stage)]
+    models = [checkpoint.described(folder)[1] for folder in folders]
     files = [path for folder in folders for path in sorted(folder.glob("*")) if path.is_file()]
-    files += [path for folder in folders for path in inputs(checkpoint.described(folder)[1], base, progress)]
+    files += [path for model in models for path in inputs(model, base, progress)]
+    built_by = [f"{name} {number}" for model in models for name, number in manifest.versions(packages(model)).items()]
     more = [block.unlabeled for block in blocks(stage) if block.unlabeled is not None]
-    return [*map(file_sha256, files), *(fingerprint_of(unlabeled, progress, base) for unlabeled in more)]
+    return [*map(file_sha256, files), *built_by, *(fingerprint_of(unlabeled, progress, base) for unlabeled in more)]
 
 
 def empty(folder: Path) -> None:

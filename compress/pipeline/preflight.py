@@ -31,7 +31,8 @@ def opened_data(recipe: Recipe, folder: Path, notes: Notes, base: Path) -> Data:
     opened: list[Data] = []
 
     def first() -> str:
-        checked = read_json(folder / "run.json").get("data", {}).get("fingerprint")
+        before = read_json(folder / "run.json").get("data")
+        checked = before.get("fingerprint") if isinstance(before, dict) else None
         opened.append(open_data(recipe.data, recipe.preprocess, notes, base, checked))
         return opened[0].fingerprint
 

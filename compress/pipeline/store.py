@@ -17,6 +17,7 @@ from pathlib import Path
 from compress import manifest
 from compress.locks import held
 from compress.progress import Progress
+from compress.written import put_in_place
 
 
 @contextlib.contextmanager
@@ -54,8 +55,7 @@ def _put(source: Path, place: Path, copy: object) -> None:
     partial = place.with_name(place.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial, copy_function=copy)  # type: ignore[arg-type]
-    shutil.rmtree(place, ignore_errors=True)
-    partial.rename(place)
+    put_in_place(partial, place)
 
 
 def _linked(source: str, place: str) -> None:

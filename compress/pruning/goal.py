@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag
@@ -80,8 +81,14 @@ GOALS = ("macs", "fps", "speedup")
 
 
 def _which(section: Any) -> str | None:
-    found = [name for name in GOALS if (name in section if isinstance(section, dict) else hasattr(section, name))]
-    return found[0] if len(found) == 1 else None
+    """The goal that a section means, by its key or the one most like it; None where it names two."""
+    if not isinstance(section, dict):
+        return next((name for name in GOALS if hasattr(section, name)), GOALS[0])
+    found = [name for name in GOALS if name in section]
+    if found:
+        return found[0] if len(found) == 1 else None
+    close = [match for key in section for match in get_close_matches(str(key), GOALS, 1)]
+    return close[0] if close else GOALS[0]
 
 
 Goal = Annotated[
@@ -89,7 +96,7 @@ Goal = Annotated[
     Discriminator(
         _which,
         custom_error_type="no_such_goal",
-        custom_error_message=f"one of {', '.join(GOALS)}: a share of the multiply-adds, or the speed of the int8 file",
+        custom_error_message=f"give one of {', '.join(GOALS)}",
     ),
 ]
 

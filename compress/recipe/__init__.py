@@ -32,6 +32,7 @@ from compress.recipe.target import TargetName
 from compress.recipe.task import task_mistakes
 from compress.recipe.words import Keys, dotted, plain, shown
 from compress.settings import SEVERAL, Settings
+from compress.shown import without_secrets
 from compress.stages import StageSettings
 from compress.stages.export import SIMULATED
 from compress.targets import is_emulated
@@ -374,8 +375,11 @@ def notes(recipe: Recipe) -> list[str]:
     return found
 
 
-def dump(recipe: Recipe) -> str:
-    """The recipe as YAML with every default written out; loads again to an equal recipe."""
+def dump(recipe: Recipe, *, masked: bool = False) -> str:
+    """The recipe as YAML with every default written out; loads again to an equal recipe.
+
+    `masked` is without secrets, looked for before YAML quotes them.
+    """
     yaml = YAML()
     yaml.width = 1000
     yaml.indent(mapping=2, sequence=4, offset=2)
@@ -383,7 +387,8 @@ def dump(recipe: Recipe) -> str:
         type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
     )
     stream = io.StringIO()
-    yaml.dump(_laid_out(recipe.model_dump(mode="json")), stream)
+    settings = recipe.model_dump(mode="json")
+    yaml.dump(_laid_out(without_secrets(settings) if masked else settings), stream)
     return stream.getvalue()
 
 

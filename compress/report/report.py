@@ -41,7 +41,7 @@ def write_report(run_folder: Path) -> Path:
     for name, text in texts.items():
         temporary = run_folder / f".{name}.{os.getpid()}"
         try:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
             temporary.replace(run_folder / name)
         except OSError as error:
             temporary.unlink(missing_ok=True)

@@ -79,6 +79,10 @@ class Prune(Pruning, Aim):  # pydantic lists the fields of later bases first, an
             raise ValueError("`steps` stands in `schedule: {use: iterative, steps: ...}`: leave the other one out")
         if self.schedule.use == "progressive":
             refuse_unprogressive(self.goal, self.finetune, self.distill)
+            if self.sensitivity:
+                raise ValueError("`sensitivity` is measured between steps: leave `schedule: progressive` or it out")
+        elif not isinstance(self.goal, MacGoal) and self.schedule.ramp != "geometric":
+            raise ValueError("`ramp` is of multiply-adds: goals of speed take the same share of the time in each step")
         return self
 
     def check(self, module: nn.Module, preprocess: Preprocess) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from compress.errors import CompressError
 from compress.progress import RichProgress
+from compress.shown import one_line, without_secrets
 from compress.written import read_json, write_json
 
 LOG = "log.txt"
@@ -76,7 +77,7 @@ def work(task: Task) -> Ended:
             except OSError:
                 raise
             except Exception as fault:  # ours: one run less, and the others go on
-                traceback.print_exc()
+                print(without_secrets(traceback.format_exc()))
                 return Ended(f"{type(fault).__name__}: {' '.join(str(fault).split())[:300]}; see {folder / LOG}")
     except OSError as error:  # a full disk, a folder that may not be written
         return Ended(f"{error.filename or task.folder}: {error.strerror or error}")
@@ -130,18 +131,18 @@ class _Told:
     def steps(self, label: str, total: int) -> Iterator[Callable[[str], None]]:
         done = 0
         self.tell({"doing": label, "done": 0, "total": total, "said": ""})
-        with self.shown.steps(label, total) as shown:
+        with self.shown.steps(one_line(label), total) as shown:
 
             def advance(said: str) -> None:
                 nonlocal done
                 done += 1
                 self.tell({"doing": label, "done": done, "total": total, "said": said})
-                shown(said)
+                shown(one_line(said))
 
             yield advance
 
     def note(self, text: str) -> None:
-        self.shown.note(text)
+        self.shown.note(one_line(text))
 
     def event(self, kind: str, **facts: Any) -> None:
         pass

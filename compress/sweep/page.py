@@ -9,6 +9,7 @@ from typing import Any
 from compress.report import charts, wording
 from compress.report.pages import page
 from compress.report.wording import Score
+from compress.shown import without_secrets
 from compress.sweep.results import BETTER, Group
 
 
@@ -113,7 +114,7 @@ def as_html(facts: dict[str, Any], groups: Sequence[Group]) -> str:
             "name": group.name,
             "best": group.best,
             "noisy": group.noisy,
-            "values": group.setting,
+            "values": without_secrets(group.setting),
             "words": {name: _words(name, group) for name in BETTER},
             "figures": {
                 name: {"mean": one.mean, "least": one.least, "most": one.most} for name, one in group.spreads.items()

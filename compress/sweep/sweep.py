@@ -20,6 +20,7 @@ from compress import __version__
 from compress.errors import CompressError
 from compress.locks import held
 from compress.recipe.words import plain
+from compress.shown import without_secrets
 from compress.sweep.cell import LOG, Ended, Task, heard, work
 from compress.sweep.joblib_engine import Joblib
 from compress.sweep.matrix import Cell
@@ -194,7 +195,7 @@ class _Sweep:
     def _task(self, number: int) -> Task:
         step, asked, cell = self.steps[number], self.asked, self._cell(number)
         folder = asked.folder / cell.name
-        words = ["compress", "run", str(asked.recipe), *cell.overrides, "--out", str(folder)]
+        words = without_secrets(["compress", "run", str(asked.recipe), *cell.overrides, "--out", str(folder)])
         return Task(
             number=number,
             cell=cell.name,
@@ -269,25 +270,28 @@ def _write(sweep: _Sweep, began: str) -> list[Group]:
         elif number in sweep.errors:
             status = "failed"
         done = figures(asked.folder / cell.name) if status == "finished" else None
-        result = Result(cell, status, error=sweep.errors.get(number, ""))
+        result = Result(cell, status, error=without_secrets(sweep.errors.get(number, "")))
         results.append(result if done is None else replace(result, figures=done))
     groups = grouped(results)
-    facts: dict[str, Any] = {
-        "format": FORMAT,
-        "name": asked.folder.name,
-        "recipe": asked.recipe.as_posix(),
-        "command": asked.command,
-        "compress": __version__,
-        "started": began,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "engine": {
-            "name": sweep.engine.name,
-            "version": sweep.engine.version,
-            "workers": sweep.engine.workers,
-            "threads": sweep.engine.threads,
-        },
-        "notes": watched.notes,
-    } | as_json(groups, asked.folder)
+    facts: dict[str, Any] = without_secrets(
+        {
+            "format": FORMAT,
+            "name": asked.folder.name,
+            "recipe": asked.recipe.as_posix(),
+            "command": asked.command,
+            "compress": __version__,
+            "started": began,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "engine": {
+                "name": sweep.engine.name,
+                "version": sweep.engine.version,
+                "workers": sweep.engine.workers,
+                "threads": sweep.engine.threads,
+            },
+            "notes": watched.notes,
+        }
+        | as_json(groups, asked.folder)
+    )
     write_json(asked.folder / "sweep.json", facts)
     write_text(asked.folder / "sweep.md", as_markdown(facts, groups))
     write_text(asked.folder / "sweep.html", as_html(facts, groups))

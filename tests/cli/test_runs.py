@@ -161,8 +161,12 @@ def test_states_of_runs_that_did_not_end(place):
     shutil.rmtree(copy("gone") / "stages/01-train")
     change(copy("odd") / "run.json", stages=7)
     (copy("half") / "stages/01-train/manifest.json").write_text('{"stage": "train"')
+    (copy("pipe") / "run.json").unlink()
+    os.mkfifo(place / "runs/pipe/run.json")
     (place / "runs/begun").mkdir()
     (place / "runs/begun/log.jsonl").write_text("")
+    (place / "runs/wrong").mkdir()
+    log(place / "runs/wrong", "error", text="photos/a.jpg: is no readable image")
     (place / "runs/notes").mkdir()
     found = rows()
     assert {name: row.state for name, row in found.items()} == {
@@ -176,10 +180,13 @@ def test_states_of_runs_that_did_not_end(place):
         "gone": "damaged",
         "odd": "damaged",
         "half": "damaged",
+        "pipe": "damaged",
         "begun": "interrupted",
+        "wrong": "failed",
     }
     assert found["stopped"].reason == "SIGINT"
     assert found["broken"].reason == "stage 02-quantize: no room"
+    assert found["wrong"].reason == "photos/a.jpg: is no readable image"
     assert found["refused"].reason == "03-export: too large"
     assert "01-train" in found["gone"].reason
     assert (found["killed"].stages_done, found["killed"].stages) == (2, 4)
@@ -238,6 +245,14 @@ def test_mistakes_are_one_line(place, words, said):
     with pytest.raises(CompressError, match=said) as caught:
         compress(*words)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_manifest_without_its_date_is_one_line(place):
+    manifest = place / "runs/small/stages/01-train/manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "finished": None}))
+    for words in (["show", "runs/small"], ["show", "runs/small", "train"]):
+        with pytest.raises(CompressError, match=r"runs/small: does not say what it should \(.*; run its recipe again"):
+            compress(*words)
 
 
 @pytest.mark.slow

@@ -252,3 +252,16 @@ def test_files_that_are_not_there_or_no_table(folder):
 def test_settings_that_contradict_each_other(wrong):
     with pytest.raises(ValidationError):
         Csv(use="csv", path="t.csv", **wrong)
+
+
+def test_classes_that_are_numbers_come_in_their_order_however_long(tmp_path):
+    names = ["10", "9", "7" * 5000, "cat"]
+    for number in range(len(names) * 2):
+        picture(number).save(tmp_path / f"{number}.png")
+    rows = [
+        f"{number}.png,{name},{split}"
+        for number, (name, split) in enumerate((name, split) for name in names for split in ("train", "val"))
+    ]
+    (tmp_path / "t.csv").write_text("\n".join(["path,label,split", *rows]) + "\n")
+    data = open_data(Csv(use="csv", path="t.csv", split="split"), Preprocess(size=8), Notes(), tmp_path)
+    assert data.labels == ("9", "10", "7" * 5000, "cat")

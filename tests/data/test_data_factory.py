@@ -34,8 +34,14 @@ class Broken(list):
             raise RuntimeError("disk\\non fire")
         return super().__getitem__(index)
 
+class Endless(list):
+    def __len__(self):
+        raise TypeError("a stream")
+
+def leaves(): raise SystemExit(2)
 def raises(): raise ValueError("no such bird")
 def broken(): return Broken(pictures()), pictures(4, 100)
+def endless(): return Endless(pictures()), pictures(4, 100)
 def single(): return pictures()
 def generator(): return iter(pictures()), pictures(4, 100)
 def triple(): return [(*item, 1) for item in pictures()], pictures(4, 100)
@@ -104,8 +110,10 @@ def test_grey_arrays_become_rgb(module):
         ("birds:not_a_function", {}, "`not_a_function` is int, not a function"),
         ("no_such_module:x", {}, "no module `no_such_module`"),
         ("birds:raises", {}, "data birds:raises: raised ValueError: no such bird"),
+        ("birds:leaves", {}, "data birds:leaves: raised SystemExit: 2"),
         ("birds:pair", {"args": {"cuont": 3}}, "raised TypeError: .*cuont"),
         ("birds:broken", {}, r"data birds:broken/train\[3\]: raised RuntimeError: disk on fire"),
+        ("birds:endless", {}, "data birds:endless: train: its length raised TypeError: a stream"),
         ("birds:single", {}, r"returned list of length 12; it must return \(training images"),
         ("birds:generator", {}, "train: is list_iterator; give a list"),
         ("birds:triple", {}, r"train\[0\]: is tuple of length 3; each item must be \(image, label\)"),

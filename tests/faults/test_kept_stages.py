@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -17,7 +18,7 @@ import torch
 from compress import manifest
 from compress.epochs import Epochs, State, prepare_epochs
 from compress.pipeline.fold import NOT_NOW, Fold
-from compress.written import read_json, write_bytes, write_json
+from compress.written import read_json, read_text, write_bytes, write_json
 
 MACHINE = {"cpu": "4 x Cortex-A76", "governor": "performance", "kernel": "6.6"}
 
@@ -34,6 +35,12 @@ def kept(folder: Path, *, verdict: str = "OK", key: str = "k") -> Path:
     folder.mkdir()
     (folder / "samples.json").write_text("[1, 2]")
     facts: dict[str, Any] = {
+        "stage": "benchmark",
+        "folder": folder.name,
+        "settings": {},
+        "seconds": 1.5,
+        "product": {"network": "n", "parent": None, "float_network": None, "files": {}, "layer_losses": {}},
+        "network": {"accuracy": 0.5, "params": 1, "macs": 2, "precision": "float32"},
         "key": key,
         "finished": "2026-01-02",
         "notes": ["a note"],
@@ -133,6 +140,39 @@ def test_a_training_killed_while_it_writes_keeps_its_last_epoch_or_the_one_befor
         assert epoch > last
         assert set(training.load().tensors["x"].tolist()) == {epoch}
         last = epoch
+
+
+def test_a_manifest_that_says_other_things_than_stages_do_is_none(tmp_path: Path) -> None:
+    folder = kept(tmp_path / "s")
+    whole = manifest.read(folder)
+    assert whole["key"] == "k"
+    assert whole["machine"] == MACHINE
+
+    def inside(facts: Any, *path: str) -> list[tuple[str, ...]]:
+        below = facts.items() if isinstance(facts, dict) else ()
+        return [path, *(found for key, value in below for found in inside(value, *path, key))]
+
+    paths = inside({name: value for name, value in whole.items() if name not in ("metrics", "machine")})[1:]
+    for path in paths:
+        for wrong in ([1], {"a": [1]}, None):
+            may_be_none = path[-1] in ("network", "parent", "float_network")
+            if (may_be_none and wrong is None) or (path == ("settings",) and isinstance(wrong, dict)):
+                continue
+            changed = json.loads(json.dumps(whole))
+            at = changed
+            for name in path[:-1]:
+                at = at[name]
+            at[path[-1]] = wrong
+            write_json(folder / manifest.NAME, changed)
+            assert manifest.read(folder) == {}, path
+            assert manifest.valid(folder, "k") is None
+
+
+def test_a_pipe_in_a_files_place_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert read_json(tmp_path / "pipe") == {}
+    with pytest.raises(OSError, match="Is a pipe or a device"):
+        read_text(tmp_path / "pipe")
 
 
 def test_a_file_killed_while_it_is_replaced_is_the_old_one_or_the_new(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import pickle
@@ -152,6 +153,18 @@ def test_a_file_of_anything_else_is_no_obstacle(tmp_path: Path, content: str) ->
     with held(path) as before:
         assert before is None
         assert json.loads(path.read_text())["pid"] == os.getpid()
+
+
+def test_somebody_who_looks_is_not_at_work(tmp_path: Path) -> None:
+    """`holder_of` asks by taking the lock for a moment."""
+    path = tmp_path / "lock"
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        looked = threading.Timer(0.02, fcntl.flock, (file.fileno(), fcntl.LOCK_UN))
+        looked.start()
+        with held(path):
+            pass
+        looked.join()
 
 
 def test_sharing_keeps_out_only_those_who_do_not(tmp_path: Path) -> None:

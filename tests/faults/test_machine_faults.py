@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress import checkpoint, locks, manifest
+from compress import checkpoint, locks, manifest, processes
 from compress import recipe as recipes
 from compress.errors import CompressError, ModelError
 from compress.pipeline import Outcome, faults, run_recipe
@@ -327,3 +327,14 @@ def test_a_batchnorm_among_the_layers_of_weights_is_found_before_training(go: Go
     with pytest.raises(ModelError, match=r"stage distill: losses.0 \(weights\).*`layers: 1` matches no layer"):
         go(stages, out="refused")
     assert not list(tmp_path.glob("refused/stages/*"))
+
+
+def test_a_number_of_processes_that_torchrun_did_not_set_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with (
+        pytest.raises(CompressError, match=r"WORLD_SIZE=2: .*RANK expected.*; start it with torchrun"),
+        processes.joined(),
+    ):
+        pass

@@ -88,6 +88,8 @@ def test_a_helper_beside_the_file_can_be_imported_late(written):
         ("def make():\n    return 3", "make", r"returned int; it must return a torch.nn.Module"),
         ("def make():\n    raise KeyError('a\\nb')", "make", r"raised KeyError: 'a"),
         ("raise ValueError('on import')", "Net", r"raised ValueError: on import"),
+        ("import argparse\nargparse.ArgumentParser().parse_args(['--no-such'])", "Net", r"raised SystemExit: 2"),
+        ("def make():\n    raise SystemExit('no data')", "make", r"raised SystemExit: no data"),
         ("import not_installed", "Net", r"raised ModuleNotFoundError: No module named 'not_installed'"),
         ("def (", "Net", r"raised SyntaxError"),
         ("def make():\n    return nn.Linear(5, 10)", "make", r"fails on an image of 16x16 pixels \(RuntimeError"),

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from compress.errors import ModelError
-from compress.models import file_sha256, load_weights
+from compress.models import Factory, MobileNetV2Settings, file_sha256, inputs, load_weights
 from compress.models.head import replace_head
 from compress.models.weights import read_weights
 
@@ -195,3 +195,10 @@ def test_files_without_weights(tmp_path, name, write, message):
 def test_file_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert file_sha256(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
+
+
+@pytest.mark.parametrize("use", ["mobilenet_v2", "torchvision.models:resnet18"])
+def test_a_file_in_the_users_home_is_part_of_the_key(tmp_path, monkeypatch, use):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    kind = MobileNetV2Settings if use == "mobilenet_v2" else Factory
+    assert inputs(kind(use=use, weights="~/w.pth"), tmp_path / "elsewhere")[0] == tmp_path / "w.pth"

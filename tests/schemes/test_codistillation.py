@@ -106,11 +106,17 @@ def test_one_process_is_refused_before_training(product, run):
 
 
 def on_two_processes(*words: str, cwd: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ended("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words, cwd=cwd)
+
+
+def ended(*words: str, cwd: Path) -> str:
+    """What a Python process with one thread printed."""
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests/schemes")))
     settings = {**os.environ, "PYTHONPATH": paths, "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launcher, *words], cwd=cwd, env=settings, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, *words]
+    done = subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[:3000]
+    return done.stdout
 
 
 TRAINS_TWICE = """
@@ -122,6 +128,14 @@ from compress import processes
 
 with processes.joined() as (rank, count):
     Path(f"{rank}.json").write_text(json.dumps([made_by(w, rank, count) for w in (0.0, 1.0)]))
+"""
+
+
+TRAINS_ALONE = """
+import json
+from test_codistillation import made_by
+
+print(json.dumps(made_by(None)))
 """
 
 
@@ -144,14 +158,9 @@ def test_two_processes_learn_from_each_other_and_end_with_the_first_ones_network
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     alone, together = first
-    # Apart: without the others' predictions, the first process trains as if it were the only one. torchrun's have one
-    # thread each, and sums of several threads have other last bits.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        assert alone["digest"] == made_by(None)["digest"]
-    finally:
-        torch.set_num_threads(threads)
+    # Apart: without the others' predictions, the first process trains as if it were the only one.
+    only = ended("-c", TRAINS_ALONE, cwd=tmp_path)
+    assert alone["digest"] == json.loads(only.splitlines()[-1])["digest"]
     assert together["digest"] != alone["digest"]
     assert len(together["accuracies"]) == 2
 

@@ -1,15 +1,18 @@
 """What a sweep does with workers that end, fail and die, on an engine that does as it is told."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from compress.errors import CompressError
 from compress.locks import held
+from compress.progress import RichProgress
 from compress.sweep import sweep as sweeps
-from compress.sweep.cell import Ended, Task
+from compress.sweep.cell import Ended, Task, _Told
 from compress.sweep.display import ended, lines
 from compress.sweep.matrix import cells
 from compress.sweep.sweep import RETRIES, Asked, Watched, run_sweep, shares
@@ -157,6 +160,31 @@ def test_the_task_runs_the_cells_own_recipe_and_says_how_to_run_it_alone(asked, 
     assert last.command.startswith("compress run ")
     assert "stages.prune.goal.macs=0.75" in last.command
     assert type(asked.cells[2].recipe).model_validate_json(last.recipe) == asked.cells[2].recipe
+
+
+def test_secrets_of_the_environment_are_in_nothing_that_it_writes(asked, monkeypatch):
+    secret = "Zq9-'hunter' secret|value"
+    monkeypatch.setenv("HF_TOKEN", secret)
+    first = replace(asked.cells[0], overrides=(f"model.args.token={secret}",), values=(("model.args.token", secret),))
+    asked = replace(asked, command=f"compress sweep {secret}", cells=[first, *asked.cells[1:]])
+    told, tasks = Told({first.name: [Ended(f"no access with {secret}")]}), []
+    monkeypatch.setattr(told, "submit", lambda task: (tasks.append(task), Told.submit(told, task)))
+    go(asked, told, monkeypatch)
+    written = [asked.folder / f"sweep.{kind}" for kind in ("json", "md", "html")]
+    for text in [path.read_text() for path in written] + [task.command for task in tasks]:
+        assert "hunter" not in text
+    assert all("***" in path.read_text() for path in written)
+
+
+def test_secrets_are_not_in_the_log_of_a_worker(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "Zq9-very-secret-value")
+    out = StringIO()
+    told = _Told(RichProgress(Console(file=out)), lambda words: None)
+    told.note("downloading with Zq9-very-secret-value")
+    with told.steps("Zq9-very-secret-value", 1) as advance:
+        advance("by Zq9-very-secret-value")
+    assert out.getvalue().count("***") == 3
+    assert "secret" not in out.getvalue()
 
 
 def test_workers_and_their_threads_are_no_more_than_the_cores(monkeypatch):

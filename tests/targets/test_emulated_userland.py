@@ -313,7 +313,7 @@ def test_two_at_once_an_interrupted_and_a_damaged_set_up(tmp_path):
     assert [process.returncode for process in both] == [0, 0], said
     assert [out.splitlines()[-1] for out, _ in said] == [str(folder)] * 2
     assert sum("MB, Python" in out for out, _ in said) == 1  # one set it up, the other waited
-    assert sum("another process is at work" in out for out, _ in said) == 1
+    assert sum("which is at work on it" in out for out, _ in said) == 1
     assert not partial.exists()
 
     numpy = folder / "root/usr/lib/python3/dist-packages/numpy/__init__.py"

@@ -26,7 +26,7 @@ data:
   augment: {{flip: false, crop_scale: [1, 1], color: 0}}
 preprocess: {{size: 32, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5], crop: 1.0}}
 stages:
-  - {{use: train, epochs: 12, batch_size: 32, optimizer: adamw, lr: 0.003}}
+  - {{use: train, epochs: 24, batch_size: 32, optimizer: adamw, lr: 0.003}}
   - {{use: prune, goal: {{macs: 0.7}}}}
   - {{use: distill, epochs: 6, batch_size: 32, optimizer: adamw, lr: 0.002}}
   - {{use: quantize, epochs: 2, batch_size: 32, distill: {{}}}}
