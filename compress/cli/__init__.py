@@ -16,7 +16,18 @@ import typer
 from rich.markup import escape
 from typer.completion import completion_init
 
-from compress.cli import completing, judging, measuring, predicting, reports, running, runs, starting, stopping, sweeping
+from compress.cli import (
+    completing,
+    judging,
+    measuring,
+    predicting,
+    reports,
+    running,
+    runs,
+    starting,
+    stopping,
+    sweeping,
+)
 from compress.cli.apart import apart
 from compress.cli.console import messages, say_stopped, speaks
 from compress.errors import CompressError, LostError

@@ -30,6 +30,7 @@ from compress.pipeline.preflight import (
 from compress.pipeline.store import put, shelved, take
 from compress.product import Data, Network, Product, Run
 from compress.progress import Progress, Silent
+from compress.pruning import TimeGoal
 from compress.recipe import Recipe
 from compress.stages import StageSettings
 from compress.teachers.teacher import refuse_other_task
@@ -45,6 +46,8 @@ ROLES = ("network", "parent", "float_network")
 """The networks of a product."""
 SPEED = {"path", "workers", "cache", "cache_gb"}
 """Settings of data that change nothing but where it lies and how fast it comes."""
+DEVICE = ("board", "cpu", "arch", "runtimes")
+"""What of the target decides how fast a layer is."""
 NOT_NOW = "These times were not taken now but"
 """How the note begins that a kept benchmark carries."""
 
@@ -320,6 +323,9 @@ class Fold:
             machine.append(manifest.versions(manifest.FILE_PACKAGES))
         if stage.use == "benchmark":
             machine += [self.recipe.target, processes.shared(self.what_measures)]
+        elif timed(stage):  # a training hangs on it: only what another choice of widths could come from
+            found = processes.shared(self.what_measures)
+            machine += [self.recipe.target, {fact: found[fact] for fact in DEVICE}]
         lessons = processes.shared(lambda: lessons_of(stage, self.base, self.notes.shown))
         return manifest.key(self.chain, self.made, stage.model_dump(mode="json"), lessons, machine)
 
@@ -350,7 +356,7 @@ class Fold:
                 if (check_stage := getattr(stage, "check", None)) is not None:
                     check_stage(module, self.recipe.preprocess)
             write_int8(self.recipe, module)
-            if any(stage.use == "benchmark" for stage in self.recipe.stages):
+            if any(stage.use == "benchmark" or timed(stage) for stage in self.recipe.stages):
                 self.what_measures()
 
         processes.shared(ask)
@@ -360,6 +366,11 @@ class Fold:
         if not self.machine:
             self.machine = measured_by(self.recipe.target, self.notes.shown, self.setup)
         return self.machine
+
+
+def timed(stage: StageSettings) -> bool:
+    """Whether the network that comes out depends on how fast the target is."""
+    return isinstance(getattr(stage, "goal", None), TimeGoal)
 
 
 def load_product(folder: Path, refs: dict[str, Any]) -> Product:

@@ -39,6 +39,8 @@ def choose(ranked: Sequence[Ranking], cost: Cost, *, most: float, scope: Literal
         return levels
 
     count = bisect_left(range(len(blocks) + 1), -most, key=lambda count: -cost(widths(levels_after(count))))
+    while count < len(blocks) and cost(widths(levels_after(count))) > most:  # fewer channels may take longer
+        count += 1
     levels = levels_after(count)
     # Not in `local`: cheap layers fit, and would stay whole while the others shrink.
     for _, index, level in reversed(blocks[:count]) if scope == "global" else ():

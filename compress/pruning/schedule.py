@@ -112,7 +112,12 @@ class Narrowed:
         epoch: int,
     ) -> None:
         """Takes out what has to go before `step`; all processes take the same, which the first one chooses."""
-        removed = processes.shared(lambda: self._removed(student, step, total, epoch))
+
+        def removed_now() -> dict[str, KeptChannels]:
+            return self._removed(student, step, total, epoch)
+
+        # A stage `prune` of a recipe runs in one process, whether there are others or not.
+        removed = processes.shared(removed_now) if self.run.world_size > 1 else removed_now()
         narrow(student, average, optimizer, removed, layout)
         self.kept = compose(self.kept, removed)
         preprocess = self.run.data.preprocess

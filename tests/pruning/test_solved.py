@@ -231,7 +231,9 @@ def test_the_goal_is_met_and_the_network_is_the_old_ones_channels(product, run, 
     assert us == pytest.approx(found["predicted_us"])
     expected = select(product.network.module, network.structure.kept)
     state = network.module.state_dict()
-    assert all(torch.equal(state[key], expected[key]) for key in expected if "running" not in key and "num_b" not in key)
+    assert all(
+        torch.equal(state[key], expected[key]) for key in expected if "running" not in key and "num_b" not in key
+    )
     assert macs(network.module, 16) < macs(product.network.module, 16)
     judged = found["rounds"][-1]["candidates"]
     assert [one["kl"] for one in judged] == sorted(one["kl"] for one in judged)
@@ -269,7 +271,9 @@ def test_out_of_reach_is_a_verdict_with_what_is_within_reach(product, run, clock
 
     told = Said()
     goal = SpeedupGoal(speedup=500)
-    with pytest.raises(ModelError, match=r"^here: INFEASIBLE: `goal: \{speedup: 500\}` asks for .* ms; .*; ask for less"):
+    with pytest.raises(
+        ModelError, match=r"^here: INFEASIBLE: `goal: \{speedup: 500\}` asks for .* ms; .*; ask for less"
+    ):
         prune_to_time(
             product.network, goal, FINE, parent=product.network, run=replace(run, progress=told), place="here"
         )
