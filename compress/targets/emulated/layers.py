@@ -39,7 +39,8 @@ def estimate_layers(
     known: cycles.Known = {}
     with zipfile.ZipFile(archive) as packed, TemporaryDirectory(prefix="compress-") as folder:
         entries = [entry for batch in json.loads(packed.read("layers.json")) for entry in batch]
-        packed.extractall(folder)
+        for name in {name for entry in entries for name in entry["files"]}:
+            (Path(folder) / Path(name).name).write_bytes(packed.read(name))
 
         def count(chosen: Sequence[dict[str, Any]]) -> tuple[list[tuple[counting.Block, ...]], str]:
             paths = [Path(folder) / name for entry in chosen for name in entry["files"]]
