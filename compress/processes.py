@@ -7,6 +7,7 @@ too, so that no process waits for one that has stopped.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import re
 import signal
@@ -51,6 +52,9 @@ def joined() -> Iterator[tuple[int, int]]:
             raise
         raise LostError(_first_to_say()) from error
     finally:
+        # Its threads end where nothing holds it any more, such as a wrapped network in a cycle. Left to the interpreter's
+        # end, a thread that then gives a tensor back aborts the process.
+        gc.collect()
         dist.destroy_process_group()
 
 
