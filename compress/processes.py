@@ -52,8 +52,8 @@ def joined() -> Iterator[tuple[int, int]]:
             raise
         raise LostError(_first_to_say()) from error
     finally:
-        # Its threads end where nothing holds it any more, such as a wrapped network in a cycle. Left to the interpreter's
-        # end, a thread that then gives a tensor back aborts the process.
+        # Its threads end once nothing holds it any more, such as a wrapped network in a cycle. A thread that gives a tensor
+        # back when the interpreter ends aborts the process.
         gc.collect()
         dist.destroy_process_group()
 
