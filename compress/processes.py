@@ -52,8 +52,8 @@ def joined() -> Iterator[tuple[int, int]]:
             raise
         raise LostError(_first_to_say()) from error
     finally:
-        # Its threads end once nothing holds it any more, such as a wrapped network in a cycle. A thread that gives a tensor
-        # back when the interpreter ends aborts the process.
+        # Its threads end once nothing holds it any more, such as a wrapped network in a cycle. One that is left when
+        # the interpreter ends, and gives a tensor back then, aborts the process.
         gc.collect()
         dist.destroy_process_group()
 
