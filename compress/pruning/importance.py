@@ -31,8 +31,8 @@ POINTS = 5
 class Curve:
     """How the answers change as one set narrows and all others stay whole."""
 
-    name: str
-    """Of the set's first layer."""
+    layers: tuple[str, ...]
+    """Whose outputs the set's channels are, in the order of the module."""
     units: int
     widths: tuple[int, ...]
     """Units that stay, falling from all of them."""
@@ -56,7 +56,8 @@ class Curve:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "name": self.name,
+            "name": self.layers[0],
+            "layers": list(self.layers),
             "units": self.units,
             "widths": list(self.widths),
             "kl": list(self.kl),
@@ -80,6 +81,7 @@ def curves(
     def score(outputs_NK: Tensor) -> float:
         return rules.score(rules.kept(outputs_NK.numpy()), labels_N)
 
+    order = {name: place for place, (name, _) in enumerate(module.named_modules())}
     measured = [_points(ranking.widths) for ranking in ranked]
     found = []
     with run.progress.steps("prune  sensitivity", sum(map(len, measured)) - len(measured)) as advance:
@@ -93,8 +95,15 @@ def curves(
                 kl.append(max(0.0, float(divergence(outputs_NK, whole_NK, run.data.task).mean())))
                 scores.append(score(outputs_NK))
                 advance(f"{coupled.name} {width}/{coupled.units}: {kl[-1]:.3g} nats")
-            found.append(Curve(coupled.name, coupled.units, tuple(widths), tuple(kl), tuple(scores)))
+            layers = tuple(sorted(coupled.producers, key=lambda name: order[name])) or (coupled.name,)
+            found.append(Curve(layers, coupled.units, tuple(widths), tuple(kl), tuple(scores)))
     return found
+
+
+def as_json(found: Sequence[Curve], module: nn.Module) -> list[dict[str, Any]]:
+    """The curves in the order of the module's layers, as stages keep them."""
+    order = {name: place for place, (name, _) in enumerate(module.named_modules())}
+    return [curve.as_json() for curve in sorted(found, key=lambda curve: order[curve.layers[0]])]
 
 
 def answers(module: nn.Module, batches: Sequence[Batch], run: Run) -> Tensor:

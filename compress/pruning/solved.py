@@ -31,7 +31,7 @@ from compress.pruning.choose import choose, kept_channels
 from compress.pruning.depth import block_scores
 from compress.pruning.divergence import held_out, mean_divergence, outputs
 from compress.pruning.goal import FpsGoal, SpeedupGoal
-from compress.pruning.importance import Curve, curves
+from compress.pruning.importance import Curve, as_json, curves
 from compress.pruning.limits import widths
 from compress.pruning.network import Pruning, least_of
 from compress.pruning.ranking import Ranking, rank
@@ -179,7 +179,7 @@ def prune_to_time(
         if after is not None:
             network = Network(after(network, step), network.structure)
     gone = network.structure.dropped
-    found["sensitivity"] = [curve.as_json() for curve in first.curves]
+    found["sensitivity"] = as_json(first.curves, first.network.module)
     found["blocks"] = [{"name": name, "kl": kl, "dropped": name in gone} for name, kl in first.block_losses.items()]
     return network, found
 
@@ -199,7 +199,7 @@ def sensitivity(network: Network, pruning: Pruning, run: Run, place: str = "prun
         generator=torch.Generator().manual_seed(run.seed),
     )
     compared, _ = held_out(run, pruning.images, pruning.batchnorm_images)
-    return [curve.as_json() for curve in curves(network.module, sets, ranked, compared, run)]
+    return as_json(curves(network.module, sets, ranked, compared, run), network.module)
 
 
 def refuse_untimed(
@@ -389,8 +389,7 @@ def _kept(layers: Sequence[str], least: Mapping[str, float], module: nn.Module) 
 
 
 def units_left(curve: Mapping[str, Any], module: nn.Module) -> int:
-    """How many units of a curve's set (as JSON) the pruned network has; 0 where its block is gone."""
+    """How many units of a curve's set (as JSON) the pruned network has; 0 where all of its layers are gone."""
     layers = dict(module.named_modules())
-    if curve["name"] not in layers:
-        return 0
-    return min(int(curve["units"]), sizes(curve["name"], layers[curve["name"]])[0])
+    left = [sizes(name, layers[name])[0] for name in curve["layers"] if name in layers]
+    return min([int(curve["units"]), *left]) if left else 0

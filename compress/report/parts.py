@@ -442,7 +442,45 @@ class Block(Part):
     dropped: bool = False
 
 
+class Way(Part):
+    """One way to spend the time, by what it would take and how far the answers would move."""
+
+    name: str
+    us: float
+    kl: float | None = None
+
+
+class Round(Part):
+    """One step to a goal of speed."""
+
+    step: int
+    most_us: float
+    candidates: list[Way] = []
+    chosen: str
+    corrected: bool = False
+
+
+class Reach(Part):
+    """A time that some narrower network has, and what the curves foretell that it loses."""
+
+    us: PositiveFloat
+    loss: float | None = None
+
+
 class Pruning(Training):
+    goal: str | None = None
+    """Of speed, as the recipe has it; the next ones belong to it. Times are in microseconds."""
+    target: str | None = None
+    runtime: str | None = None
+    threads: int | None = None
+    estimated: bool = False
+    parent_us: PositiveFloat | None = None
+    whole_us: PositiveFloat | None = None
+    most_us: PositiveFloat | None = None
+    predicted_us: PositiveFloat | None = None
+    measured_us: PositiveFloat | None = None
+    rounds: list[Round] = []
+    frontier: list[Reach] = []
     goal_macs: float | None = None
     macs_before: int | None = None
     macs_after: int | None = None

@@ -18,6 +18,7 @@ from compress.report.pages import as_html, as_markdown
 from compress.report.parts import Benchmark, Verification
 from compress.report.remarks import conditions, notes, warnings
 from compress.report.sensitivity import sensitivity_of
+from compress.report.speed import speed_of
 from compress.report.stages import benchmark_of, layers_of, network_of, stages_of, verification_of
 from compress.report.wording import score_of
 from compress.shown import without_secrets
@@ -110,6 +111,7 @@ def _report(folder: RunFolder) -> dict[str, Any]:
         "knowledge": distilled.knowledge(stages, undistilled.stages if undistilled else []),
         "ablation": ablation,
         "controls": controls,
+        "speed": speed_of(stages),
         "sensitivity": sensitivity_of(stages),
     }
     _not_reached(report["headline"]["facts"], folder.planned)

@@ -137,7 +137,13 @@ def _used(value: Any) -> str:
 def _goal(value: Any) -> str:
     if not isinstance(value, dict):
         return wording.as_text(value)
-    return ", ".join(f"{name} {wording.as_text(part)}" for name, part in value.items() if part is not None)
+    where = {name: value[name] for name in ("runtime", "threads") if name in value}
+    asked = {name: part for name, part in value.items() if name not in where}
+    text = ", ".join(f"{name} {wording.as_text(part)}" for name, part in asked.items() if part is not None)
+    if where:
+        text += f" in {wording.runtime(where.get('runtime'))}"
+        text += f" with {where['threads']} threads" if where.get("threads", 1) != 1 else ""
+    return text
 
 
 def verification_of(stages: list[Stage], at: int, metrics: Verification) -> dict[str, Any]:

@@ -160,11 +160,11 @@ def test_few_widths_keep_both_ends_and_whole_multiples() -> None:
 
 
 def test_a_curve_is_convex_and_never_below_what_was_measured_up_to_its_steepest() -> None:
-    curve = Curve("x", 16, (16, 12, 8, 4), (0.0, 0.2, 0.1, 2.0), (1, 1, 1, 0))
+    curve = Curve(("x",), 16, (16, 12, 8, 4), (0.0, 0.2, 0.1, 2.0), (1, 1, 1, 0))
     losses = curve.losses([16, 14, 12, 8, 4])
     assert losses[:3] == pytest.approx([0, 0.1, 0.2])
     assert (np.diff(losses[[0, 2, 3, 4]]) >= np.array([0.2, 0.2, 1.8]) - 1e-12).all()
-    flat = Curve("x", 16, (16, 12, 8, 4), (0.0, 1.0, 1.1, 1.1), (1, 1, 1, 0)).losses([16, 12, 8, 4])
+    flat = Curve(("x",), 16, (16, 12, 8, 4), (0.0, 1.0, 1.1, 1.1), (1, 1, 1, 0)).losses([16, 12, 8, 4])
     assert flat == pytest.approx([0, 1, 2, 3])
 
 
