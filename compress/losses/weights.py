@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from compress.errors import ModelError
 from compress.losses.lesson import Facts, Lesson, Term
-from compress.models.patterns import Pattern, matching
+from compress.models.patterns import Pattern, matching_any
 from compress.models.structure import kept_weight
 from compress.product import KeptChannels
 
@@ -129,7 +129,7 @@ class Weights(Term):
                 )
         else:
             names = list({**mine, **theirs})
-            found = {name for pattern in self.layers for name in matching(pattern, names, field="layers", place=PLACE)}
+            found = matching_any(self.layers, names, field="layers", place=PLACE)
             chosen = [name for name in names if name in found]
             for name in chosen:
                 for who, there in (("student", mine), ("teacher", theirs)):

@@ -28,6 +28,13 @@ Pattern = Annotated[str, AfterValidator(_compiles)]
 """A layer's name with wildcards (`features.3.*`), or `re:` and a regular expression for the whole name."""
 
 
+def matching_any(
+    patterns: Sequence[str], names: Sequence[str], *, field: str, place: str, kind: str = "layer"
+) -> set[str]:
+    """The names that one of the patterns means, each of which means at least one. Raises ModelError as `matching`."""
+    return {name for pattern in patterns for name in matching(pattern, names, field=field, place=place, kind=kind)}
+
+
 def matching(pattern: str, names: Sequence[str], *, field: str, place: str, kind: str = "layer") -> list[str]:
     """The names that a pattern means, at least one. Raises ModelError, listing similar names."""
     if pattern.startswith(REGEX):

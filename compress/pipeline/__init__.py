@@ -30,7 +30,7 @@ from compress.pipeline.controls import run_controls
 from compress.pipeline.facts import facts_of, now
 from compress.pipeline.faults import own_folder
 from compress.pipeline.fold import Fold, load_product
-from compress.pipeline.notes import Notes, Prefixed
+from compress.pipeline.notes import Notes
 from compress.pipeline.preflight import opened_data
 from compress.product import Data, Product
 from compress.progress import LOG, Progress, logged
@@ -144,23 +144,7 @@ def _run_stages(fold: Fold, command: str, until: int | None = None) -> Outcome:
 def _without_distillation(run: Fold, command: str) -> Outcome:
     """The same recipe without teachers, in a folder of its own. What does not differ is copied from the run's."""
     control = without_distillation(run.recipe)
-    fold = Fold(
-        recipe=control.recipe,
-        folder=run.folder / "controls" / NO_DISTILLATION,
-        data=run.data,
-        device=run.device,
-        notes=Notes(Prefixed("control: ", run.notes.shown)),
-        rank=run.rank,
-        world_size=run.world_size,
-        base=run.base,
-        setup=run.setup,
-        machine=run.machine,
-        code=run.code,
-        numbers=(0, *control.numbers),
-        twin=run.folder,
-        store=run.store,
-        asked=True,
-    )
+    fold = run.beside(control, NO_DISTILLATION, "control: ")
     try:
         outcome = _run_stages(fold, command)
     except CompressError as error:

@@ -18,7 +18,6 @@ from compress.targets import Measuring
 from compress.targets.agent import SUFFIXES
 from compress.written import read_json
 
-FOLDER = "controls"
 OURS = "ours"
 
 

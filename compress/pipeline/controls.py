@@ -22,10 +22,10 @@ from compress import processes
 from compress import recipe as recipes
 from compress.errors import CompressError, ModelError
 from compress.pipeline import equal
-from compress.pipeline.compared import FOLDER, OURS, Compared, Shipped, figure, one_line, shipped_file, stage_number
+from compress.pipeline.compared import OURS, Compared, Shipped, figure, one_line, shipped_file, stage_number
 from compress.pipeline.fold import Fold
 from compress.pipeline.judged import record, verdicts
-from compress.pipeline.notes import Notes, Prefixed
+from compress.pipeline.notes import Prefixed
 from compress.pipeline.quick import data_for, searched
 from compress.pipeline.timed import timed_together
 from compress.progress import Progress
@@ -138,24 +138,8 @@ def _train(compared: Compared, control: Control, run: Fold, go: Go, seeds: int, 
         name = compared.name if seed == 0 else f"{compared.name}-{seed + 1}"
         words = worded(compared.name) + (f", seed {seed + 1}" if seeds > 1 else "")
         prefix = f"{words}: " if compared.name == OURS else f"control {words}: "
-        fold = Fold(
-            recipe=control.recipe,
-            folder=run.folder / FOLDER / name,
-            data=data_for(control.recipe, run),
-            device=run.device,
-            notes=Notes(Prefixed(prefix, run.notes.shown)),
-            rank=run.rank,
-            world_size=run.world_size,
-            base=run.base,
-            setup=run.setup,
-            machine=run.machine,
-            code=run.code,
-            numbers=(0, *control.numbers),
-            twin=run.folder,
-            store=run.store,
-            asked=True,
-            reseeded=(stage_number(run.refs["parent"]) + 1, seed * SEED_STEP),
-        )
+        seeds_from = (stage_number(run.refs["parent"]) + 1, seed * SEED_STEP)
+        fold = run.beside(control, name, prefix, data=data_for(control.recipe, run), reseeded=seeds_from)
         try:
             go(fold)
         except ModelError as error:

@@ -18,7 +18,7 @@ from compress.epochs import Epochs, forget_epochs, prepare_epochs
 from compress.models import file_sha256, inputs, packages
 from compress.pipeline.facts import describe, measured_by, now, results
 from compress.pipeline.faults import diverged, told
-from compress.pipeline.notes import Notes
+from compress.pipeline.notes import Notes, Prefixed
 from compress.pipeline.preflight import (
     blocks,
     first_network,
@@ -32,6 +32,7 @@ from compress.product import Data, Network, Product, Run
 from compress.progress import Progress, Silent
 from compress.pruning import TimeGoal
 from compress.recipe import Recipe
+from compress.recipe.control import Control
 from compress.stages import StageSettings
 from compress.teachers.teacher import refuse_other_task
 from compress.teaching.cache import refuse_unusable
@@ -48,6 +49,8 @@ SPEED = {"path", "workers", "cache", "cache_gb"}
 """Settings of data that change nothing but where it lies and how fast it comes."""
 DEVICE = ("board", "cpu", "arch", "runtimes")
 """What of the target decides how fast a layer is."""
+CONTROLS_FOLDER = "controls"
+"""In a run's folder: runs that its own network is compared with."""
 NOT_NOW = "These times were not taken now but"
 """How the note begins that a kept benchmark carries."""
 
@@ -91,6 +94,35 @@ class Fold:
     """From which stage's number on seeds are others, and by how much: trainings of one parent that differ in chance."""
     store: Path | None = None
     """Where runs share finished stages; see `compress.pipeline.store`."""
+
+    def beside(
+        self,
+        control: Control,
+        name: str,
+        prefix: str,
+        *,
+        data: Data | None = None,
+        reseeded: tuple[int, int] = (0, 0),
+    ) -> Fold:
+        """The fold of a control in `controls/<name>`, which says `prefix` first; what does not differ is copied."""
+        return Fold(
+            recipe=control.recipe,
+            folder=self.folder / CONTROLS_FOLDER / name,
+            data=self.data if data is None else data,
+            device=self.device,
+            notes=Notes(Prefixed(prefix, self.notes.shown)),
+            rank=self.rank,
+            world_size=self.world_size,
+            base=self.base,
+            setup=self.setup,
+            machine=self.machine,
+            code=self.code,
+            numbers=(0, *control.numbers),
+            twin=self.folder,
+            store=self.store,
+            asked=True,
+            reseeded=reseeded,
+        )
 
     def number(self, index: int) -> int:
         """What the stage at `index` goes by; 0 is the network as it came."""

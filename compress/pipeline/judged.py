@@ -13,8 +13,8 @@ from compress import manifest
 from compress.gate import answers
 from compress.gate.replicated import Replicated, replicated, students_t
 from compress.gate.resampled import resampled
-from compress.pipeline.compared import FOLDER, OURS, Compared, Shipped, figure
-from compress.pipeline.fold import Fold
+from compress.pipeline.compared import OURS, Compared, Shipped, figure
+from compress.pipeline.fold import CONTROLS_FOLDER, Fold
 from compress.pipeline.verdict import judge, sentence
 from compress.recipe.controlled import Controls, worded
 from compress.tasks import task_of
@@ -61,7 +61,7 @@ def _judged(
     scores = [score for fold in one.folds if (score := _score(fold, shipped)) is not None]
     found: dict[str, Any] = {
         "name": one.name,
-        "folders": ["." if fold is run else f"{FOLDER}/{fold.folder.name}" for fold in one.folds],
+        "folders": ["." if fold is run else f"{CONTROLS_FOLDER}/{fold.folder.name}" for fold in one.folds],
         "left_out": one.left_out,
         "failed": one.failed,
         "setting": one.setting,

@@ -16,8 +16,8 @@ from compress.data import open_data
 from compress.errors import ModelError
 from compress.models import file_sha256
 from compress.pipeline import equal
-from compress.pipeline.compared import FOLDER, Shipped, stage_number
-from compress.pipeline.fold import Fold, load_product
+from compress.pipeline.compared import Shipped, stage_number
+from compress.pipeline.fold import CONTROLS_FOLDER, Fold, load_product
 from compress.pipeline.preflight import first_network
 from compress.pipeline.timed import ratio
 from compress.product import Data, Product, Run
@@ -47,7 +47,7 @@ def searched(
     told: Progress,
 ) -> list[equal.Tried]:
     """What was tried for a network as fast as the run's. Nothing is trained, and what was measured before counts."""
-    path = run.folder / FOLDER / "search" / f"{name}.json"
+    path = run.folder / CONTROLS_FOLDER / "search" / f"{name}.json"
     key = manifest.key(
         run.code,
         [file_sha256(shipped.path), shipped.measuring.words, asked.tolerance, asked.searches],

@@ -8,8 +8,8 @@ from typing import Any
 
 from compress import manifest
 from compress.models import file_sha256
-from compress.pipeline.compared import FOLDER, OURS, Compared, Shipped
-from compress.pipeline.fold import Fold
+from compress.pipeline.compared import OURS, Compared, Shipped
+from compress.pipeline.fold import CONTROLS_FOLDER, Fold
 from compress.pipeline.notes import Prefixed
 from compress.targets import Comparison, Machine, asking, open_target
 from compress.written import read_json, write_json
@@ -42,7 +42,7 @@ def timed_together(run: Fold, shipped: Shipped, compared: list[Compared]) -> dic
             files.setdefault(known, fold.folder / place)
     if parent in run.refs["files"]:
         files[f"parent/{parent}"] = run.folder / run.refs["files"][parent]
-    path = run.folder / FOLDER / "times.json"
+    path = run.folder / CONTROLS_FOLDER / "times.json"
     machine_facts = run.what_measures()
     key = manifest.key(
         {name: file_sha256(file) for name, file in files.items()}, shipped.measuring.words, machine_facts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,16 @@ from compress.pruning.ranking import Ranking, rank
 
 if TYPE_CHECKING:
     from compress.pruning.network import Pruning
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The sets of coupled channels of a network, each ranked, with the widths that the recipe allows."""
+
+    sets: Sequence[Coupled]
+    ranked: Sequence[Ranking]
+    notes: Sequence[str]
+    """A sentence for each set that has to stay whole."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +65,34 @@ def chosen(
 
     Where even the narrowest network needs more, that one. Raises ModelError as `rank` does.
     """
-    size, channels = run.data.preprocess.size, run.data.preprocess.channels
-    sets, _ = find_coupled(module, size, channels)
-    possible = [widths(coupled, module, least, pruning.round_to) for coupled in sets]
+    found = surveyed(module, pruning, least=least, run=run, generator=generator)
+    cost = cost_of(module, found.sets, run.data.preprocess.size, run.data.preprocess.channels)
+    return Chosen(found.sets, found.ranked, choose(found.ranked, cost, most=most, scope=pruning.scope))
+
+
+def surveyed(
+    module: nn.Module,
+    pruning: Pruning,
+    *,
+    least: Mapping[str, float],
+    run: Run,
+    generator: torch.Generator,
+    last: Callable[[Coupled], Tensor] | None = None,
+) -> Survey:
+    """What may go from `module` (on the CPU), in which order, where its layers need `least` outputs.
+
+    `last` tells of a set which units go after all others of the network, bool (units,). Raises ModelError as `rank` and
+    `find_coupled` do.
+    """
+    sets, notes = find_coupled(module, run.data.preprocess.size, run.data.preprocess.channels)
     ranked = rank(
-        module, sets, possible, criterion=pruning.criterion, images=pruning.images, run=run, generator=generator
+        module,
+        sets,
+        [widths(coupled, module, least, pruning.round_to) for coupled in sets],
+        criterion=pruning.criterion,
+        images=pruning.images,
+        run=run,
+        generator=generator,
+        last=[] if last is None else list(map(last, sets)),
     )
-    cost = cost_of(module, sets, size, channels)
-    return Chosen(sets, ranked, choose(ranked, cost, most=most, scope=pruning.scope))
+    return Survey(sets, ranked, notes)

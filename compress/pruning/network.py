@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal
 
 import torch
@@ -24,10 +25,10 @@ from compress.models.rebuild import refuse_to_cut
 from compress.models.structure import compose, resize
 from compress.product import KeptChannels, Network, Run
 from compress.pruning.choose import choose, kept_channels
+from compress.pruning.chosen import surveyed
 from compress.pruning.goal import MacGoal, cost_of
 from compress.pruning.limits import Ratio, least_widths, widths
 from compress.pruning.ramp import Ramp, share_left
-from compress.pruning.ranking import rank
 from compress.settings import Settings
 from compress.training import reestimated_batchnorm
 
@@ -83,21 +84,12 @@ def prune_network(
     generator = torch.Generator().manual_seed(run.seed)
     module, structure = network.module, network.structure
     for step in range(1, pruning.steps + 1):
-        sets, whole = find_coupled(module, size, channels)
+        last = None if around is None else partial(_shared_units, kept=structure.kept, narrower=around)
+        found = surveyed(module, pruning, least=least, run=run, generator=generator, last=last)
+        sets, ranked = found.sets, found.ranked
         if step == 1:
-            for sentence in whole:
+            for sentence in found.notes:
                 run.progress.note(sentence)
-        possible = [widths(coupled, module, least, pruning.round_to) for coupled in sets]
-        ranked = rank(
-            module,
-            sets,
-            possible,
-            criterion=pruning.criterion,
-            images=pruning.images,
-            run=run,
-            generator=generator,
-            last=[] if around is None else [_shared_units(coupled, structure.kept, around) for coupled in sets],
-        )
         cost = cost_of(module, sets, size, channels)
         goal.refuse_out_of_reach(before, cost([ranking.widths[-1] for ranking in ranked]), place)
         # Exact in the last step, where all of the way is behind.

@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,16 +26,17 @@ from compress.latency.shapes import Placed, place_layers
 from compress.latency.solver import Problem, least_time, solve
 from compress.models.blocks import drop, dropped_from, find_blocks
 from compress.models.coupled import find_coupled
+from compress.models.rebuild import refuse_to_cut
 from compress.models.structure import compose, resize, sizes
 from compress.product import Batch, Network, Preprocess, Run
 from compress.pruning.choose import choose, kept_channels
+from compress.pruning.chosen import surveyed
 from compress.pruning.depth import block_scores
 from compress.pruning.divergence import held_out, mean_divergence, outputs
 from compress.pruning.goal import FpsGoal, SpeedupGoal
 from compress.pruning.importance import Curve, as_json, curves
-from compress.pruning.limits import widths
 from compress.pruning.network import Pruning, least_of
-from compress.pruning.ranking import Ranking, rank
+from compress.pruning.ranking import Ranking
 from compress.pruning.timed import Choices, few
 from compress.training import reestimated_batchnorm
 
@@ -70,7 +72,6 @@ class Clock:
 
     goal: FpsGoal | SpeedupGoal
     run: Run
-    place: str
     parent_us: float = math.nan
     """Of the parent's float file."""
     predictor: Predictor = field(init=False)
@@ -78,16 +79,15 @@ class Clock:
     def calibrate(self, parent: nn.Module, module: nn.Module) -> float:
         """Builds the table and fits it to whole networks, `module` among them; the microseconds of its int8 file."""
         preprocess, goal = self.run.data.preprocess, self.goal
-        layers = place_layers(module, preprocess.size, preprocess.channels)
         sets, _ = find_coupled(module, preprocess.size, preprocess.channels)
         corners = [module] + [
             narrower(module, sets, seed=seed, round_to=8, most=most, least=most / 2)
             for seed, most in enumerate(CORNERS)
         ]
 
-        how: dict[str, Any] = {"progress": self.run.progress, "setup": self.run.setup}
-        predictor = predictor_for(self.run.target, goal.runtime, layers, threads=goal.threads, **how)
         networks = [(_layers(corner, self.run), self._int8(corner)) for corner in corners]
+        how: dict[str, Any] = {"progress": self.run.progress, "setup": self.run.setup}
+        predictor = predictor_for(self.run.target, goal.runtime, networks[0][0], threads=goal.threads, **how)
         files = {"whole": networks[0][1], "parent": float_file(parent, preprocess, goal.runtime)}
         self.predictor = calibrated(self.run.target, predictor, networks, **how)
         times = times_of(self.run.target, self.predictor.table.key, files, **how)
@@ -130,9 +130,8 @@ def prune_to_time(
     quantized, and for a goal out of reach (`INFEASIBLE`; what is within reach is told in notes before); TargetError
     where the target cannot measure.
     """
-    if network.structure.quantize is not None:
-        raise ModelError(place, "the network is already quantized", "put prune before quantize")
-    clock = Clock(goal, run, place)
+    refuse_to_cut(network.structure, place)
+    clock = Clock(goal, run)
     whole_us = clock.calibrate(parent.module, network.module)
     start_us = clock.predictor.network_us(layer.shape for layer in _layers(network.module, run))
     least = least_of(network.module, pruning, place)
@@ -186,20 +185,11 @@ def prune_to_time(
 
 def sensitivity(network: Network, pruning: Pruning, run: Run, place: str = "pruning") -> list[dict[str, Any]]:
     """A curve for each set of channels of the network as it is (JSON); see `importance`."""
-    size, channels = run.data.preprocess.size, run.data.preprocess.channels
-    sets, _ = find_coupled(network.module, size, channels)
     least = least_of(network.module, pruning, place)
-    ranked = rank(
-        network.module,
-        sets,
-        [widths(coupled, network.module, least, pruning.round_to) for coupled in sets],
-        criterion=pruning.criterion,
-        images=pruning.images,
-        run=run,
-        generator=torch.Generator().manual_seed(run.seed),
-    )
+    generator = torch.Generator().manual_seed(run.seed)
+    found = surveyed(network.module, pruning, least=least, run=run, generator=generator)
     compared, _ = held_out(run, pruning.images, pruning.batchnorm_images)
-    return as_json(curves(network.module, sets, ranked, compared, run), network.module)
+    return as_json(curves(network.module, found.sets, found.ranked, compared, run), network.module)
 
 
 def refuse_untimed(
@@ -241,43 +231,50 @@ class _Round:
     ) -> _Round:
         size, channels = run.data.preprocess.size, run.data.preprocess.channels
         module = network.module
-        sets, notes = find_coupled(module, size, channels)
-        possible = [few(widths(coupled, module, least, pruning.round_to)) for coupled in sets]
-        ranked = rank(
-            module, sets, possible, criterion=pruning.criterion, images=pruning.images, run=run, generator=generator
-        )
+        survey = surveyed(module, pruning, least=least, run=run, generator=generator)
+        sets, ranked = survey.sets, [replace(ranking, widths=few(ranking.widths)) for ranking in survey.ranked]
         may_go = find_blocks(module, size, channels) if blocks and pruning.scope == "global" else []
         may_go = [block for block in may_go if not _kept(block.layers, least, module)]
         losses = block_scores(module, may_go, run, pruning.images)
+        possible = [ranking.widths for ranking in ranked]
         choices = Choices(_layers(module, run), sets, possible, clock.predictor, may_go)
         found = curves(module, sets, ranked, compared, run)
-        made = cls(network, choices, ranked, found, losses, run, pruning.scope, compared, statistics, list(notes))
-        if made._problem() is None:
+        made = cls(
+            network, choices, ranked, found, losses, run, pruning.scope, compared, statistics, list(survey.notes)
+        )
+        if made.problem is None:
             made.notes.append(
                 "the solver does not know this structure (a layer reads several sets of channels): widths follow the"
                 " criterion's order, or one share for all, with the latency table as their cost"
             )
         return made
 
-    @property
+    @cached_property
+    def losses(self) -> list[np.ndarray]:
+        """Nats of each set at each of its widths."""
+        return [curve.losses(possible) for curve, possible in zip(self.curves, self.choices.widths, strict=True)]
+
+    @cached_property
+    def problem(self) -> tuple[Problem, dict[str, list[int]]] | None:
+        """What the solver is asked, with the measured losses; None for a structure that it does not know."""
+        return self.choices.problem(self.losses, self.block_losses)
+
+    @cached_property
     def least_us(self) -> float:
-        problem = self._problem()
-        if problem is None:
+        """The fastest that the network can become."""
+        if self.problem is None:
             return self.choices.us([possible[-1] for possible in self.choices.widths])
-        return least_time(problem[0])
+        return least_time(self.problem[0])
 
     def frontier(self) -> list[dict[str, Any]]:
         """What is within reach: microseconds, and the loss that the curves foretell, in nats."""
-        problem = self._problem()
-        whole_us, least_us = self.choices.us([coupled.units for coupled in self.choices.sets]), self.least_us
-        found: list[dict[str, Any]] = []
-        for most in np.geomspace(whole_us, least_us * (1 + 1e-9), FRONTIER):
-            if problem is None:
-                break
-            chosen = solve(problem[0], float(most))
-            if chosen is not None:
-                found.append({"us": problem[0].cost(chosen), "loss": max(0.0, -problem[0].value(chosen))})
-        return found or [{"us": whole_us, "loss": 0.0}, {"us": least_us, "loss": None}]
+        whole_us = self.choices.us([coupled.units for coupled in self.choices.sets])
+        if self.problem is None:
+            return [{"us": whole_us, "loss": 0.0}, {"us": self.least_us, "loss": None}]
+        problem, _ = self.problem
+        times_us = np.geomspace(whole_us, self.least_us * (1 + 1e-9), FRONTIER)
+        solved = [chosen for most in times_us if (chosen := solve(problem, float(most))) is not None]
+        return [{"us": problem.cost(chosen), "loss": max(0.0, -problem.value(chosen))} for chosen in solved]
 
     def refuse_out_of_reach(
         self, most_us: float, frontier: Sequence[Mapping[str, Any]], goal: FpsGoal | SpeedupGoal, place: str
@@ -328,16 +325,12 @@ class _Round:
             module = reestimated_batchnorm(module, self.statistics, self.run.device)
         return Network(module, dropped_from(structure, candidate.dropped) if candidate.dropped else structure)
 
-    def _problem(self) -> tuple[Problem, dict[str, list[int]]] | None:
-        losses = [curve.losses(possible) for curve, possible in zip(self.curves, self.choices.widths, strict=True)]
-        return self.choices.problem(losses, self.block_losses)
-
     def _candidates(self, most_us: float) -> list[Candidate]:
         """Different ways to be as fast, the solver's first; with `scope: local` one share for all, and no other."""
         uniform = self._uniform(most_us)
         if self.scope == "local":
             return [uniform]
-        measured = [curve.losses(possible) for curve, possible in zip(self.curves, self.choices.widths, strict=True)]
+        measured = self.losses
         # What a narrow layer can hold, whatever it holds now: the logarithm of its width, as much as the measured loss
         # is on average.
         level = float(np.mean([losses[-1] for losses in measured])) if measured else 0.0

@@ -10,6 +10,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -41,12 +42,20 @@ class Choices:
     """Those that may go."""
     _known_us: dict[Shape, float] = field(default_factory=dict)
 
+    @cached_property
+    def sides(self) -> Mapping[tuple[str, Side], Sequence[tuple[int, int]]]:
+        """By layer and side, the sets there and how many of the layer's channels each of their units is."""
+        found: defaultdict[tuple[str, Side], list[tuple[int, int]]] = defaultdict(list)
+        for index, coupled in enumerate(self.sets):
+            for place, channels_UC in coupled.places.items():
+                found[place].append((index, channels_UC.shape[1]))
+        return dict(found)
+
     def shapes(self, stay: Sequence[int], dropped: Sequence[str] = ()) -> list[Shape]:
         """The layers that are left, where so many units of each set stay."""
         gone = {layer for block in self.blocks if block.name in dropped for layer in block.layers}
-        sides = _sides(self.sets)
         left = dict(enumerate(stay))
-        return [_narrowed(layer, sides, self.sets, left) for layer in self.layers if layer.name not in gone]
+        return [self._narrowed(layer, left) for layer in self.layers if layer.name not in gone]
 
     def us(self, stay: Sequence[int], dropped: Sequence[str] = ()) -> float:
         """Predicted microseconds of the int8 file."""
@@ -65,11 +74,10 @@ class Choices:
         `losses` are nats for each set at each of its widths. None where a layer's time depends on three sets or more,
         as behind a concatenation: the solver does not know such structures.
         """
-        sides = _sides(self.sets)
         hidden = {block.name: self._hidden(block) for block in self.blocks if block.name in block_losses}
         hidden = {name: inside for name, inside in hidden.items() if inside}
         while True:
-            wide = self._too_many(sides, hidden)
+            wide = self._too_many(hidden)
             if wide is None:
                 break
             if wide not in hidden:
@@ -89,11 +97,11 @@ class Choices:
             inside = hidden.get(block_of.get(layer.name, ""), ())
             if any(chosen.get(index) == lengths[index] - 1 for index in inside):
                 return 0.0
-            shape = _narrowed(layer, sides, self.sets, {i: self.widths[i][choice] for i, choice in chosen.items()})
-            return self._layer_us(shape)
+            left = {index: self.widths[index][choice] for index, choice in chosen.items()}
+            return self._layer_us(self._narrowed(layer, left))
 
         for layer in self.layers:
-            own = _depends(layer, sides)
+            own = self._depends(layer)
             if layer.name in block_of and not own & set(hidden[block_of[layer.name]]):
                 own = own | {hidden[block_of[layer.name]][0]}
             match sorted(own):
@@ -132,13 +140,28 @@ class Choices:
         layers = set(block.layers)
         return [index for index, coupled in enumerate(self.sets) if all(name in layers for name, _ in coupled.places)]
 
-    def _too_many(
-        self, sides: Mapping[tuple[str, Side], Sequence[tuple[int, int]]], hidden: Mapping[str, Sequence[int]]
-    ) -> str | None:
+    def _depends(self, layer: Placed) -> set[int]:
+        """The sets on which the layer's time depends."""
+        return {index for side in ("outputs", "inputs") for index, _ in self.sides.get((layer.name, side), ())}
+
+    def _narrowed(self, layer: Placed, left: Mapping[int, int]) -> Shape:
+        """The layer's shape where so many units of its sets stay."""
+
+        def gone(side: Side) -> int:
+            places = self.sides.get((layer.name, side), ())
+            return sum((self.sets[index].units - left[index]) * each for index, each in places)
+
+        shape = layer.shape
+        if shape.kind == "depthwise":
+            outputs = shape.outputs - gone("outputs")
+            return shape.with_channels(outputs, outputs)
+        return shape.with_channels(shape.inputs - gone("inputs"), shape.outputs - gone("outputs"))
+
+    def _too_many(self, hidden: Mapping[str, Sequence[int]]) -> str | None:
         """The block, or the layer of none, whose time depends on too many sets."""
         block_of = {layer: block.name for block in self.blocks if block.name in hidden for layer in block.layers}
         for layer in self.layers:
-            own = _depends(layer, sides)
+            own = self._depends(layer)
             block = block_of.get(layer.name)
             if len(own) > TWO:
                 return layer.name
@@ -155,34 +178,3 @@ def few(widths: Sequence[int], most: int = MOST) -> list[int]:
         step *= 2
         found = [widths[0], *(width for width in widths[1:-1] if width % step == 0), widths[-1]]
     return found
-
-
-def _sides(sets: Sequence[Coupled]) -> dict[tuple[str, Side], list[tuple[int, int]]]:
-    """By layer and side, the sets there and how many of the layer's channels each of their units is."""
-    found: defaultdict[tuple[str, Side], list[tuple[int, int]]] = defaultdict(list)
-    for index, coupled in enumerate(sets):
-        for place, channels_UC in coupled.places.items():
-            found[place].append((index, channels_UC.shape[1]))
-    return dict(found)
-
-
-def _depends(layer: Placed, sides: Mapping[tuple[str, Side], Sequence[tuple[int, int]]]) -> set[int]:
-    return {index for side in ("outputs", "inputs") for index, _ in sides.get((layer.name, side), ())}
-
-
-def _narrowed(
-    layer: Placed,
-    sides: Mapping[tuple[str, Side], Sequence[tuple[int, int]]],
-    sets: Sequence[Coupled],
-    left: Mapping[int, int],
-) -> Shape:
-    """The layer's shape where so many units of its sets stay."""
-
-    def gone(side: Side) -> int:
-        return sum((sets[index].units - left[index]) * each for index, each in sides.get((layer.name, side), ()))
-
-    shape = layer.shape
-    if shape.kind == "depthwise":
-        outputs = shape.outputs - gone("outputs")
-        return shape.with_channels(outputs, outputs)
-    return shape.with_channels(shape.inputs - gone("inputs"), shape.outputs - gone("outputs"))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from compress.errors import ModelError
 from compress.labels import Task
 from compress.losses.kd import soft_targets
-from compress.models.patterns import matching
+from compress.models.patterns import matching_any
 from compress.observation import answers_to_blank, observable, stage_ends
 from compress.product import Batch, Preprocess, Product, Run
 from compress.settings import Settings
@@ -120,7 +120,7 @@ class DeeperToShallower(Settings):
             names = stage_ends(module, size, channels)
         else:
             known = observable(module)
-            found = {name for pattern in self.layers for name in matching(pattern, known, field="layers", place=PLACE)}
+            found = matching_any(self.layers, known, field="layers", place=PLACE)
             names = [name for name in known if name in found]
         maps = answers_to_blank(module, size, names, channels).maps
         shapes = {name: tuple(maps[name].shape[1:]) for name in maps}  # in the order in which they ran

@@ -15,7 +15,7 @@ from compress.errors import ModelError
 from compress.holding import held, hold
 from compress.measures import deflated_weights
 from compress.models.clusters import clustered
-from compress.models.patterns import Pattern, matching
+from compress.models.patterns import Pattern, matching_any
 from compress.product import Held, Network, Preprocess, Product, Run
 from compress.settings import Settings
 from compress.training import reestimated_batchnorm
@@ -83,11 +83,7 @@ class Cluster(Settings):
             for name, layer in module.named_modules()
             if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))
         }
-        kept = {
-            name
-            for pattern in self.keep
-            for name in matching(pattern, [*layers], field="keep", place=PLACE, kind="convolution or linear layer")
-        }
+        kept = matching_any(self.keep, [*layers], field="keep", place=PLACE, kind="convolution or linear layer")
         large = [name for name, layer in layers.items() if layer.weight.numel() >= self.least_weights]
         found = [name for name in large if name not in kept]
         if not found:

@@ -13,7 +13,7 @@ from compress.data.sample import sample
 from compress.errors import ModelError
 from compress.measures import macs, params
 from compress.models.low_rank import factorize, low_ranks, replaceable
-from compress.models.patterns import Pattern, matching
+from compress.models.patterns import Pattern, matching_any
 from compress.product import Network, Preprocess, Product, Run
 from compress.settings import Settings
 from compress.training import reestimated_batchnorm
@@ -67,11 +67,7 @@ class Factorize(Settings):
 
     def _candidates(self, module: nn.Module, preprocess: Preprocess) -> list[str]:
         known = [name for name, layer in module.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
-        kept = {
-            name
-            for pattern in self.keep
-            for name in matching(pattern, known, field="keep", place=PLACE, kind="convolution or linear layer")
-        }
+        kept = matching_any(self.keep, known, field="keep", place=PLACE, kind="convolution or linear layer")
         names = [name for name in known if name not in kept]
         found = replaceable(module, names, preprocess.size, preprocess.channels)
         if not found:

@@ -14,7 +14,7 @@ from compress.data.sample import sample
 from compress.errors import ModelError
 from compress.holding import hold
 from compress.measures import deflated_weights
-from compress.models.patterns import Pattern, matching
+from compress.models.patterns import Pattern, matching_any
 from compress.models.two_of_four import fits, mask
 from compress.product import Network, Preprocess, Product, Run
 from compress.settings import Settings
@@ -76,11 +76,7 @@ class Sparsify(Settings):
 
     def _chosen(self, module: nn.Module) -> list[str]:
         layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}
-        kept = {
-            name
-            for pattern in self.keep
-            for name in matching(pattern, [*layers], field="keep", place=PLACE, kind="convolution or linear layer")
-        }
+        kept = matching_any(self.keep, [*layers], field="keep", place=PLACE, kind="convolution or linear layer")
         found = [name for name, layer in layers.items() if name not in kept and fits(layer)]
         if not found:
             raise ModelError(PLACE, "no layer is left whose inputs come in fours", "leave the stage out")

@@ -179,15 +179,25 @@ def test_after_it_was_stopped_the_board_can_be_asked_again(board: StandIn, tmp_p
     assert board.quiet()
 
 
-def end(board: StandIn, wanted: str, number: int = signal.SIGKILL) -> None:
-    """Ends the process of the board whose command line contains `wanted`."""
+def end(board: StandIn, wanted: str, number: int = signal.SIGKILL) -> bool:
+    """Whether a process of the board, which this ends, had a command line with `wanted` in it."""
+    ended = False
     for path in Path("/proc").glob("[0-9]*"):
         try:
             here = f"HOME={board.home}".encode() in (path / "environ").read_bytes().split(b"\0")
             if here and re.search(wanted.encode(), (path / "cmdline").read_bytes().replace(b"\0", b" ")):
                 os.kill(int(path.name), number)
+                ended = True
         except OSError:
             continue
+    return ended
+
+
+def end_once_there(board: StandIn, wanted: str) -> None:
+    """Ends such a process as soon as it runs, within two minutes."""
+    until = time.monotonic() + 120
+    while not end(board, wanted) and time.monotonic() < until:
+        time.sleep(0.1)
 
 
 def test_the_agent_is_killed(board: StandIn, files: dict[str, Path], tmp_path: Path) -> None:
@@ -212,11 +222,11 @@ def test_a_process_of_the_agent_is_killed(board: StandIn, files: dict[str, Path]
     journal = tmp_path / "journal.jsonl"
     slow = Measuring(rounds=1, runs=3, warmup_s=0.0, min_s=2.0)
     with Ssh(board.url, config=board.config) as machine:
-        timer = threading.Timer(2.5, end, (board, r"\.py time "))
-        timer.start()
+        ending = threading.Thread(target=end_once_there, args=(board, r"\.py time "))
+        ending.start()
         with pytest.raises(TargetError, match="its process was ended by SIGKILL"):
             asking.compare(machine, files, slow, journal=journal)
-        timer.join()
+        ending.join()
     assert board.quiet()
 
 
