@@ -124,7 +124,7 @@ def build(
     module: nn.Module
     match settings:
         case MobileNetV2Settings():
-            module = build_mobilenet_v2(settings, num_classes, input_size, channels)
+            module = build_mobilenet_v2(settings, num_classes, channels)
         case Torchvision():
             module = torchvision.build_torchvision(settings, num_classes, input_size, channels)
         case Timm():

@@ -11,7 +11,6 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.errors import ModelError
 from compress.settings import Settings
 
 Padding = Literal["symmetric", "same"]
@@ -29,10 +28,10 @@ BLOCKS = (
 
 
 class ConvNormAct(nn.Sequential):
-    """Convolution, BatchNorm, ReLU6. With stride 2 and padding `same`, one row and column of zeros below and right."""
+    """Convolution, BatchNorm, ReLU6. Stride 2 and padding `same`: zeros below and right, at odd sizes on all sides."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, padding: Padding, groups: int = 1) -> None:
-        # TensorFlow's SAME at stride 2 adds 1 in all for a kernel of 3 and an even size, and puts it at the end.
+        # TensorFlow's SAME, stride 2 and a kernel of 3: 1 in all for an even size, at the end, and 2 for an odd one.
         self.pad_end = padding == "same" and stride == 2
         super().__init__(
             nn.Conv2d(inputs, outputs, kernel, stride, 0 if self.pad_end else kernel // 2, groups=groups, bias=False),
@@ -41,7 +40,10 @@ class ConvNormAct(nn.Sequential):
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        x = F.pad(input, (0, 1, 0, 1)) if self.pad_end else input
+        x = input
+        if self.pad_end:
+            top, left = (int(side % 2) for side in input.shape[2:])  # numbers, also while it is traced
+            x = F.pad(input, (left, 1, top, 1))
         for layer in self:
             x = layer(x)
         return x
@@ -129,19 +131,7 @@ class MobileNetV2Settings(Settings):
     """A .safetensors, .pth or .pt file with torchvision's names to start from; null starts from random weights."""
 
 
-def build_mobilenet_v2(
-    settings: MobileNetV2Settings, num_classes: int, input_size: int, channels: int = 3
-) -> MobileNetV2:
-    """Raises ModelError for an input size at which padding `same` is not what TensorFlow computes."""
-    multiple = 32 if settings.stem_stride == 2 else 16
-    if settings.padding == "same" and input_size % multiple:
-        below = input_size // multiple * multiple
-        sizes = f"{below} or {below + multiple}" if below else str(multiple)
-        raise ModelError(
-            "model mobilenet_v2",
-            f"padding `same` needs even sizes at every stride, and {input_size} px is no multiple of {multiple}",
-            f"take {sizes} px, or padding `symmetric`",
-        )
+def build_mobilenet_v2(settings: MobileNetV2Settings, num_classes: int, channels: int = 3) -> MobileNetV2:
     return MobileNetV2(
         num_classes,
         width=settings.width,
