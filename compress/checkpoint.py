@@ -16,6 +16,7 @@ from compress.models.rebuild import rebuild
 from compress.models.weights import refuse_altered, seal
 from compress.product import Network, Structure
 from compress.quantization import Quantization, prepare
+from compress.tensors import load_state
 from compress.written import write_bytes, write_text
 
 STRUCTURE, WEIGHTS = "structure.json", "weights.safetensors"
@@ -46,7 +47,7 @@ def load(folder: Path) -> Network:
     try:
         state = load_file(folder / WEIGHTS)
         refuse_altered(folder / WEIGHTS, state, text)
-        module.load_state_dict(state)
+        load_state(module, state)
     except (OSError, SafetensorError, RuntimeError) as error:
         problem = f"does not fit the structure beside it ({_first_line(error)})"
         raise ModelError(folder / WEIGHTS, problem, "save the network again") from error

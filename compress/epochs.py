@@ -36,11 +36,6 @@ class State:
     """JSON values; `epoch` is how many are over."""
 
 
-def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Those whose name begins with `prefix`, without it."""
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
 def prepare_epochs(folder: Path, key: str, conditions: Mapping[str, int] = MappingProxyType({})) -> list[str]:
     """Empties `folder`, unless an earlier attempt at a stage of the same key left it.
 

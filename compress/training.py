@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from compress import processes
-from compress.epochs import State, Training, under
+from compress.epochs import State, Training
 from compress.errors import ModelError, TrainingError
 from compress.holding import keeper
 from compress.product import Batch, Data, Run
@@ -29,6 +29,7 @@ from compress.settings import Settings
 from compress.tasks.classification import cross_entropy
 from compress.tasks.multi_label import binary_cross_entropy
 from compress.tasks.regression import squared_error
+from compress.tensors import load_state, under
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 """Runs the (possibly wrapped) module on a batch that lies on its device and returns a scalar to minimise."""
@@ -403,7 +404,7 @@ class _Course:
             found = state.facts["narrowed"]
             self.narrowing.restore(found, self.student, self.average, self.optimizer, self.layout)
         for role, module in self._modules():
-            module.load_state_dict(under(state.tensors, f"{role}."))
+            load_state(module, under(state.tensors, f"{role}."))
         for number, parameter in enumerate(self._parameters()):
             values = under(state.tensors, f"optimizer.{number}.")
             if values:

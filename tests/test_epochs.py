@@ -15,12 +15,13 @@ import pytest
 import torch
 from torch import nn
 
-from compress.epochs import Epochs, State, prepare_epochs, under
+from compress.epochs import Epochs, State, prepare_epochs
 from compress.product import Product, Run
 from compress.stages.distill import Distill
 from compress.stages.prune import Prune
 from compress.stages.quantize import Quantize
 from compress.stages.train import Train
+from compress.tensors import under
 
 EPOCHS = 3
 FIT = {"epochs": EPOCHS, "batch_size": 16, "lr": 0.02, "warmup_epochs": 1}

@@ -20,6 +20,7 @@ from compress.errors import ModelError
 from compress.models.grey import added_up
 from compress.models.head import find_head, head_replaced
 from compress.progress import Progress
+from compress.tensors import load_state
 
 SEAL = "compress"
 """The name of what a .safetensors file of ours says of itself."""
@@ -112,7 +113,7 @@ def fill(module: nn.Module, given: Mapping[str, Tensor], place: object, progress
     ]
     if any(differences):
         raise ModelError(place, f"does not fit the network: {'; '.join(filter(None, differences))}")
-    module.load_state_dict(given, strict=False)
+    load_state(module, given, strict=False)
     for note in notes:
         progress.note(note)
 

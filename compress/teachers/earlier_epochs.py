@@ -11,11 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compress.epochs import under
 from compress.observation import Answers
 from compress.product import Batch, Network, Product, Run
 from compress.settings import Settings
 from compress.teachers.teacher import Teacher, asked, copied
+from compress.tensors import load_state, under
 
 
 class EarlierEpochs(Settings):
@@ -84,7 +84,7 @@ class Snapshots:
         self.copies.clear()
         for number in range(int(state["copies"])):
             self.copies.append(copied(student, self.run))
-            self.copies[-1].load_state_dict(under(state, f"{number}."))
+            load_state(self.copies[-1], under(state, f"{number}."))
         self._answer_with_the_first()
 
     def _answer_with_the_first(self) -> None:

@@ -14,6 +14,7 @@ from compress.observation import Answers
 from compress.product import Batch, Network, Product, Run
 from compress.settings import Settings
 from compress.teachers.teacher import Teacher, asked, copied
+from compress.tensors import load_state
 
 
 def decay_at(step: int, decay: float) -> float:
@@ -88,7 +89,7 @@ class Average:
 
     def restore(self, state: Mapping[str, Tensor], student: nn.Module) -> None:
         if state:
-            self._become(student).load_state_dict(state)
+            load_state(self._become(student), state)
 
     def _become(self, student: nn.Module) -> nn.Module:
         self.module, self.followed = copied(student, self.run), True

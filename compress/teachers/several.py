@@ -15,13 +15,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from compress.epochs import under
 from compress.errors import ModelError
 from compress.observation import Answers
 from compress.product import Batch, Network, Product, Run
 from compress.settings import Settings
 from compress.teachers.single import SingleTeacher
 from compress.teachers.teacher import Teacher
+from compress.tensors import under
 
 
 def mean_log_probabilities(logits_MNK: Sequence[Tensor], weights_M: Sequence[float]) -> Tensor:

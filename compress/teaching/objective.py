@@ -12,7 +12,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, fx, nn
 
 from compress.data.unlabeled import Unlabeled, WithUnlabeled, numbered, with_unlabeled
-from compress.epochs import under
 from compress.errors import ModelError
 from compress.losses import LossSettings
 from compress.losses.lesson import Facts, FeatureTerm, Lesson
@@ -34,6 +33,7 @@ from compress.teaching.fitting import (
 )
 from compress.teaching.networks import Counterpart
 from compress.teaching.pairs import Pair, pair_up
+from compress.tensors import under
 from compress.training import Fit, Loss, Narrowing, Regularizer, fit, labels_loss, outputs_loss
 
 Part = Annotated[float, Field(ge=0, le=1)]

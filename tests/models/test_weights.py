@@ -202,3 +202,21 @@ def test_a_file_in_the_users_home_is_part_of_the_key(tmp_path, monkeypatch, use)
     monkeypatch.setenv("HOME", str(tmp_path))
     kind = MobileNetV2Settings if use == "mobilenet_v2" else Factory
     assert inputs(kind(use=use, weights="~/w.pth"), tmp_path / "elsewhere")[0] == tmp_path / "w.pth"
+
+
+class Versioned(nn.Linear):
+    """Refuses weights of an unknown version, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *others):
+        if local_metadata.get("version") != 2:
+            raise ValueError(f"version {local_metadata.get('version')}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+
+
+def test_files_of_tensors_are_of_the_version_that_is_installed(tmp_path):
+    saved, loaded = nn.Sequential(Versioned(3, 4)), nn.Sequential(Versioned(3, 4))
+    save_file(saved.state_dict(), tmp_path / "weights.safetensors")
+    load_weights(loaded, tmp_path / "weights.safetensors", Notes())
+    assert same(saved, loaded)
