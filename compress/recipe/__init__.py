@@ -297,9 +297,9 @@ def _control_mistakes(
         return []
     keys: Keys = ("report", "controls")
     uses = [stage["use"] for stage in stages]
-    changed = max((place for place, use in enumerate(uses) if use in ("prune", "quantize")), default=-1)
+    changed = max((place for place, use in enumerate(uses) if use in COMPRESSES), default=-1)
     if changed < 0:
-        return [(keys, "nothing is pruned or quantized, so there is nothing to compare; add such a stage")]
+        return [(keys, "no stage compresses the network, so there is nothing to compare; add `prune` or `quantize`")]
     if is_emulated(target):
         return [(keys, "controls are as fast as the network, and an emulated target times nothing; name another")]
     exported = max((place for place, use in enumerate(uses) if use == "export"), default=-1)

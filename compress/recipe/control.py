@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from compress.recipe import Recipe, ReportSettings
+from compress.recipe import COMPRESSES, Recipe, ReportSettings
 from compress.stages import StageSettings
 from compress.stages.distill import Distill
 from compress.stages.train import Train
@@ -86,16 +86,16 @@ def lower_resolution(recipe: Recipe, size: int, parent: str, number: int) -> Con
 
 
 def ptq_only(recipe: Recipe) -> Control:
-    """The parent, quantized without training; what trains before anything is pruned or quantized stays."""
+    """The parent, quantized without training; what trains before anything is compressed stays."""
     stages = list(enumerate(_stages(recipe), start=1))
-    first = next(number for number, stage in stages if stage["use"] in ("prune", "quantize"))
+    first = next(number for number, stage in stages if stage["use"] in COMPRESSES)
     asleep: dict[str, Any] = {"epochs": 0, "distill": None, "rewrite_activations": False, "only": []}
     return _made(
         recipe,
         [
             (number, stage | asleep if stage["use"] == "quantize" else stage)
             for number, stage in stages
-            if number < first or stage["use"] not in ("train", "distill", "prune")
+            if number < first or stage["use"] not in ("train", "distill", *COMPRESSES[:-1])
         ],
     )
 
@@ -152,19 +152,19 @@ def _stages(recipe: Recipe) -> list[dict[str, Any]]:
 def _made(recipe: Recipe, stages: Any, **changes: Any) -> Control:
     """The recipe with those (number, stage), without what only the run itself needs. Raises ValidationError."""
     kept: list[tuple[int, dict[str, Any]]] = []
-    pruned, exported = False, None
+    changed, exported = False, None
     for number, stage in stages:
         if stage["use"] in ("benchmark", "knowledge"):  # all are timed together, and compared by their files
             continue
         if stage.get("sensitivity"):
             stage = stage | {"sensitivity": False}
-        if stage["use"] == "export" and stage["kinds"] and not pruned:
+        if stage["use"] == "export" and stage["kinds"] and not changed:
             stage = stage | {"kinds": [kind for kind in stage["kinds"] if kind != "float"]}
             if not stage["kinds"]:
                 continue
         if stage["use"] == "export" and stage == exported:  # nothing is left that changed anything in between
             continue
-        pruned = pruned or stage["use"] == "prune"
+        changed = changed or stage["use"] in COMPRESSES[:-1]
         if stage["use"] != "verify":
             exported = stage if stage["use"] == "export" else None
         kept.append((number, stage))

@@ -131,6 +131,17 @@ def test_smaller_images_have_the_parents_weights_and_the_parent_as_teacher(recip
     assert by_number[10].kinds == ("int8",)  # nothing is pruned, so there is no such float file
 
 
+def test_other_ways_to_compress_count_too(tmp_path):
+    stages = (
+        "[{use: train}, {use: factorize, energy: 0.9}, {use: distill}, {use: quantize}, {use: export}, {use: verify}]"
+    )
+    recipe = change(RECIPE, f"stages={stages}", folder=tmp_path)
+    assert [stage.use for stage in ptq_only(recipe).recipe.stages] == ["train", "quantize", "export", "verify"]
+    assert again(recipe).recipe.stages[-2].kinds == recipe.stages[-2].kinds  # its float file is not the parent's
+    with pytest.raises(RecipeError, match=r"report.controls: .*behind stages.1"):
+        change(RECIPE, "stages=[{use: train}, {use: factorize, energy: 0.9}]", folder=tmp_path)
+
+
 def change(recipe: str, *overrides: str, folder: Path) -> Recipe:
     (folder / "changed.yaml").write_text(recipe)
     return recipes.load(folder / "changed.yaml", overrides)
@@ -145,7 +156,7 @@ def change(recipe: str, *overrides: str, folder: Path) -> Recipe:
         ("report.controls={seeds: 0}", "report.controls.seeds"),
         ("report.controls=3", "report.controls"),
         ("target=emulated", "report.controls: .*times nothing"),
-        ("stages=[{use: train}, {use: export}, {use: verify}]", "report.controls: nothing is pruned or quantized"),
+        ("stages=[{use: train}, {use: export}, {use: verify}]", "report.controls: no stage compresses the network"),
         ("stages=[{use: prune, goal: {macs: 0.5}}, {use: export}]", "report.controls: .*put `export` and `verify`"),
         ("stages=[{use: export}, {use: verify}, {use: quantize}]", "report.controls: .*behind stages.2"),
     ],
