@@ -54,6 +54,8 @@ def observe(module: nn.Module, images_NCHW: Tensor, layers: Iterable[str] = ()) 
             if not isinstance(output, Tensor):
                 raise ModelError(f"layer {name}", f"returns {type(output).__name__}", "name one that returns a tensor")
             seen[name] = output
+            if output.requires_grad and _is_channels_last(output):
+                output.register_hook(_channels_last)
             return output.clone()  # an in-place ReLU behind the layer would overwrite what was seen
 
         handles.append(layer.register_forward_hook(hook))
@@ -73,6 +75,16 @@ def observe(module: nn.Module, images_NCHW: Tensor, layers: Iterable[str] = ()) 
         if name not in seen:
             raise ModelError(f"layer {name}", "does not run in a forward pass", "name another layer")
     return Answers(logits_NK, seen)
+
+
+def _is_channels_last(map_: Tensor) -> bool:
+    """Whether its channels lie beside each other in memory, and nothing else can be said of it."""
+    return map_.ndim == 4 and map_.is_contiguous(memory_format=torch.channels_last) and not map_.is_contiguous()
+
+
+def _channels_last(gradient: Tensor) -> Tensor:
+    """Losses return gradients in the order of the axes, and the layers before then take twice the time."""
+    return gradient.contiguous(memory_format=torch.channels_last)
 
 
 def answers_to_blank(module: nn.Module, size: int, layers: Iterable[str] = (), channels: int = 3) -> Answers:

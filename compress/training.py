@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import ctypes
 import math
-import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -21,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from compress import processes
+from compress.allocator import memory_kept
 from compress.epochs import State, Training
 from compress.errors import ModelError, TrainingError
 from compress.holding import keeper
@@ -499,29 +497,6 @@ def _wrapped(student: nn.Module, run: Run) -> nn.Module:
     if run.world_size == 1:
         return student
     return DistributedDataParallel(student, device_ids=[run.device] if run.device.type == "cuda" else None)
-
-
-@contextlib.contextmanager
-def memory_kept() -> Iterator[None]:
-    """Lets the process keep memory that it frees, until the end; changes nothing where the C library is not glibc.
-
-    glibc hands blocks of 32 MB and more back at once, and the system clears each page of the next one: writing a new
-    tensor of 57 MB then takes 27 ms instead of 5.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        yield
-        return
-    c = ctypes.CDLL(None)
-    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # malloc.h
-    c.mallopt(mmap_max, 0)
-    c.mallopt(trim_threshold, 2**31 - 1)
-    try:
-        yield
-    finally:
-        c.mallopt(mmap_max, 65536)  # the default; the other two are where glibc's own adjustment ends
-        c.mallopt(mmap_threshold, 32 * 2**20)
-        c.mallopt(trim_threshold, 64 * 2**20)
-        c.malloc_trim(0)
 
 
 def optimizer_of(

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from networks import NETWORKS, images_of, settle, size_of
@@ -85,6 +87,22 @@ def test_maps_with_channels_last_are_not_taken_for_others():
     }
     assert {values.shape[1] for values in maps.values()} >= channels
     assert not any(end.endswith("norm") for end in ends)
+
+
+def test_gradients_of_losses_come_in_the_order_of_the_map():
+    """mse_loss returns its gradient in the order of the axes; a BatchNorm takes twice as long with it."""
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 5, 3))
+    orders, gradients = [], {}
+    for memory in (torch.channels_last, torch.contiguous_format):
+        module = copy.deepcopy(layers).to(memory_format=memory)
+        images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(memory_format=memory)
+        answers = observe(module, images, ["1"])
+        answers.maps["1"].register_hook(lambda gradient: orders.append(gradient.stride()))
+        loss = answers.logits_NK.square().mean() + nn.functional.mse_loss(answers.maps["1"], torch.zeros(2, 4, 6, 6))
+        loss.backward()
+        gradients[memory] = module[0].weight.grad
+    assert orders == [(144, 1, 24, 4), (144, 36, 6, 1)]
+    torch.testing.assert_close(*gradients.values())
 
 
 def test_nothing_stays_behind_after_a_pass():

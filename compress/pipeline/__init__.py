@@ -24,6 +24,7 @@ import torch
 
 from compress import manifest, processes
 from compress import recipe as recipes
+from compress.allocator import memory_kept
 from compress.data import open_data
 from compress.errors import CompressError, GateError
 from compress.pipeline.controls import run_controls
@@ -76,7 +77,7 @@ def run_recipe(
     kept for the report, ends the run with a GateError, and runs again next time. A control that cannot be finished is a
     GateError as well: the run itself is complete.
     """
-    with contextlib.ExitStack() as stack:
+    with memory_kept(), contextlib.ExitStack() as stack:
         rank, world_size = stack.enter_context(processes.joined())
         processes.shared(lambda: stack.enter_context(own_folder(folder, progress)))
         shown = stack.enter_context(logged(folder / LOG, progress, rank))

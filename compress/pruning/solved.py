@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,8 @@ from compress.pruning.timed import Choices, few
 from compress.training import reestimated_batchnorm
 
 INFEASIBLE = "INFEASIBLE"
+SESSIONS = 3
+"""How often the networks that decide are measured; the median is taken, as one session may meet another program."""
 CLOSE = 0.01
 """A measured time that is so near to the one asked for is not corrected."""
 CORNERS = (0.9, 0.65, 0.45)
@@ -99,14 +102,15 @@ class Clock:
         return self.goal.most_us(self.parent_us)
 
     def measured_us(self, module: nn.Module, parent: nn.Module) -> float:
-        """Of the int8 file, as if the parent took as long as it did at first: both are measured together."""
+        """Of the int8 file, as if the parent took as long as it did at first: both are measured together, `SESSIONS`
+        times."""
         files = {
             "int8": self._int8(module),
             "parent": float_file(parent, self.run.data.preprocess, self.goal.runtime),
         }
         key, progress, setup = self.predictor.table.key, self.run.progress, self.run.setup
-        times = times_of(self.run.target, key, files, progress=progress, setup=setup)
-        return times["int8"] / times["parent"] * self.parent_us
+        sessions = [times_of(self.run.target, key, files, progress=progress, setup=setup) for _ in range(SESSIONS)]
+        return median(times["int8"] / times["parent"] for times in sessions) * self.parent_us
 
     def _int8(self, module: nn.Module) -> bytes:
         return int8_file(module, self.run.data.preprocess, self.goal.runtime)
