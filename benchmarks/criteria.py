@@ -106,7 +106,7 @@ def train(words: Json, product: Product, run: Run) -> Product:
 def parent(seed: int, run: Run, folder: Path) -> Product:
     """The network that is pruned; trained once and kept in `folder`."""
     torch.manual_seed(seed)
-    module = build_mobilenet_v2(MobileNetV2Settings(use="mobilenet_v2", width=0.35), 10, SIZE)
+    module = build_mobilenet_v2(MobileNetV2Settings(use="mobilenet_v2", width=0.35), 10)
     structure = Structure(model={"use": "mobilenet_v2", "width": 0.35}, num_classes=10, preprocess=run.data.preprocess)
     product, file = Product(Network(module.eval(), structure)), folder / f"digits-{seed}.safetensors"
     if file.exists():

@@ -40,10 +40,7 @@ class ConvNormAct(nn.Sequential):
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        x = input
-        if self.pad_end:
-            top, left = (int(side % 2) for side in input.shape[2:])  # numbers, also while it is traced
-            x = F.pad(input, (left, 1, top, 1))
+        x = F.pad(input, (input.shape[3] % 2, 1, input.shape[2] % 2, 1)) if self.pad_end else input
         for layer in self:
             x = layer(x)
         return x

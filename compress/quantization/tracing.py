@@ -72,7 +72,7 @@ class Tracer(fx.Tracer):
             with self._executing():
                 for known, batch in zip(self.known, BATCHES, strict=True):
                     for node in self.graph.nodes:
-                        if node not in known:
+                        if node not in known and node.op != "output":
                             known[node] = self._value(node, known, batch)
         except Exception:  # whatever a forward does with an image of this size
             return refuse(proxy)

@@ -51,7 +51,7 @@ def plain() -> nn.Module:
 KINDS = {
     "plain": plain,
     "resnet18": lambda: NETWORKS["resnet18"](CLASSES),
-    "mobilenet_v2": lambda: build_mobilenet_v2(MobileNetV2Settings(use="mobilenet_v2", width=0.35), CLASSES, SIZE),
+    "mobilenet_v2": lambda: build_mobilenet_v2(MobileNetV2Settings(use="mobilenet_v2", width=0.35), CLASSES),
     "vit_timm": lambda: NETWORKS["vit_timm"](CLASSES),
 }
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from compress.errors import ModelError
 from compress.models import INPUT_SHAPE
+from compress.models.mobilenet_v2 import ConvNormAct
 from compress.product import Preprocess
 from compress.quantization import Quantization, prepare
 from compress.quantization.fold import fold_batchnorm
@@ -93,3 +94,15 @@ def test_a_batchnorm_of_its_own_class_is_folded_and_casts_go():
     assert not any(node.target == "to" for node in graph.graph.nodes)
     kinds = {type(layer).__name__ for layer in graph.modules()}
     assert {"QuantizedConv2d", "QuantizedLinear"} <= kinds
+
+
+@pytest.mark.parametrize("size", [8, 9])
+def test_paddings_from_sizes_become_numbers(size):
+    torch.manual_seed(0)
+    module = ConvNormAct(3, 4, 3, 2, "same").eval()
+    setattr(module, INPUT_SHAPE, (3, size, size))
+    graph = trace(module)
+    calls = [node for node in graph.graph.nodes if node.op in ("call_function", "call_method")]
+    assert [(call.target, call.args[1]) for call in calls] == [(F.pad, (size % 2, 1, size % 2, 1))]
+    images = torch.randn(2, 3, size, size)
+    torch.testing.assert_close(graph(images), module(images))

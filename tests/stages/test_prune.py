@@ -87,7 +87,7 @@ class Branches(nn.Module):
 
 
 def mobilenet() -> nn.Module:
-    return build_mobilenet_v2(MobileNetV2Settings(use="mobilenet_v2", width=0.35), 4, 32)
+    return build_mobilenet_v2(MobileNetV2Settings(use="mobilenet_v2", width=0.35), 4)
 
 
 FACTORIES: dict[str, Callable[[], nn.Module]] = {
