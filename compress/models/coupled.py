@@ -100,7 +100,7 @@ def find_coupled(module: nn.Module, input_size: int, channels: int = 3) -> tuple
         if foreign:
             whole.append(f"{root} keeps all its channels: {foreign} depends on them and cannot be pruned")
             continue
-        sets = _sets(graph, group, names)
+        sets = [coupled for coupled in _sets(graph, group, names) if coupled.places]
         found.extend(sets)
         if not sets:
             whole.append(

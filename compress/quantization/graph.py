@@ -27,7 +27,7 @@ def trace(module: nn.Module) -> fx.GraphModule:
         expand_attention(copied)
         tracer = Tracer(getattr(module, INPUT_SHAPE, None))
         graph = tracer.trace(copied, defaults or None)
-        _pads_as_numbers(graph, tracer)
+        _sizes_as_numbers(graph, tracer)
         graph_module = fx.GraphModule(tracer.root, graph, type(module).__name__)
         _drop_defaults(graph_module)
         _drop_stochastic_depth(graph_module)
@@ -49,21 +49,20 @@ def hand_over_results(node: fx.Node, new: fx.Node) -> None:
     new.meta[RESULT_OF] = [*new.meta.get(RESULT_OF, ()), *node.meta.pop(RESULT_OF, ())]
 
 
-def _pads_as_numbers(graph: fx.Graph, tracer: Tracer) -> None:
-    """Puts numbers in the place of paddings that the forward computes from the size of its input."""
+def _sizes_as_numbers(graph: fx.Graph, tracer: Tracer) -> None:
+    """Puts numbers in the place of paddings that the forward computes, and drops sizes that nobody reads any more.
+
+    A weight whose shape was asked for would have two readers, and be no layer's own.
+    """
 
     def number(node: fx.Node) -> Any:
         return tracer.number(fx.Proxy(node, tracer), lambda _: node)
 
-    unread: list[fx.Node] = []
     for node in graph.nodes:
         if node.op == "call_function" and node.target is F.pad and len(node.args) > 1:
-            unread += node.all_input_nodes
             node.update_arg(1, fx.node.map_arg(node.args[1], number))
-    while unread:  # the sizes that nobody asks for any more
-        node = unread.pop()
-        if not node.users and not node._erased and node.op in ("call_function", "call_method"):
-            unread += node.all_input_nodes
+    for node in reversed(graph.nodes):
+        if not node.users and node.op in ("call_function", "call_method") and tracer.is_number(node):
             graph.erase_node(node)
 
 

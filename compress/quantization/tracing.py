@@ -81,6 +81,10 @@ class Tracer(fx.Tracer):
             return refuse(proxy)
         return values[0]
 
+    def is_number(self, node: fx.Node) -> bool:
+        """Whether it is known to be no tensor: a size, a shape, or what was computed from them."""
+        return node in self.known[0] and not isinstance(self.known[0][node], Tensor)
+
     @contextlib.contextmanager
     def _executing(self) -> Iterator[None]:
         """Modules compute, instead of being written down, which is what fx makes them do while it traces."""

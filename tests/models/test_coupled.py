@@ -76,3 +76,27 @@ def test_the_module_stays_as_it_is() -> None:
     assert not module.left.weight.requires_grad
     assert module.right.weight.requires_grad
     assert all(torch.equal(tensor, before[key]) for key, tensor in module.state_dict().items())
+
+
+class Hierarchical(nn.Module):
+    """Parts of one layer's outputs, each added to what was made of the one before: Res2Net (arXiv:1904.01169)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.split, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 1), nn.Conv2d(16, 8, 1)
+        self.parts = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        *given, rest = torch.split(torch.relu(self.split(self.stem(images))), 4, 1)
+        made = [torch.relu(self.parts[0](given[0]))]
+        for layer, part in zip(self.parts[1:], given[1:], strict=True):
+            made.append(torch.relu(layer(made[-1] + part)))
+        return self.head(self.last(torch.cat([*made, rest], 1)).mean((2, 3)))
+
+
+def test_channels_that_nobody_is_said_to_have_are_no_set() -> None:
+    sets, whole = find_coupled(Hierarchical().eval(), 16)
+    assert {coupled.name for coupled in sets} == {"stem", "last"}
+    assert all(coupled.units == 8 for coupled in sets)
+    assert any("split keeps all its channels" in sentence for sentence in whole)

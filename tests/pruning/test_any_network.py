@@ -209,23 +209,25 @@ def test_a_network_of_each_family_cut_at_random(name, tmp_path):
 
 
 NAMED = (
-    ("torchvision", "resnet18", 64),
-    ("torchvision", "resnet50", 64),
-    ("torchvision", "mobilenet_v3_small", 64),
-    ("torchvision", "densenet121", 64),
-    ("timm", "efficientnet_lite0", 64),
-    ("timm", "vit_tiny_patch16_224", 224),
+    ("torchvision", "resnet18", 64, False),
+    ("torchvision", "resnet50", 64, False),
+    ("torchvision", "mobilenet_v3_small", 64, False),
+    ("torchvision", "mnasnet0_5", 64, False),
+    ("torchvision", "densenet121", 64, False),
+    ("timm", "efficientnet_lite0", 64, False),
+    ("timm", "tf_efficientnet_lite0", 64, True),  # computes its padding
+    ("timm", "vit_tiny_patch16_224", 224, False),
 )
 
 
 @pytest.mark.slow
 @pytest.mark.extras
-@pytest.mark.parametrize(("use", "name", "size"), NAMED)
-def test_a_network_of_another_package_cut_at_random(use, name, size, tmp_path):
+@pytest.mark.parametrize(("use", "name", "size", "files"), NAMED)
+def test_a_network_of_another_package_cut_at_random(use, name, size, files, tmp_path):
     torch.manual_seed(0)
     model = {"use": use, "name": name, "weights": None}
     section = TypeAdapter(ModelSettings).validate_json(json.dumps(model))
     module = settle(build_by_name(section, CLASSES, size), images_of(8, size))
-    blocks, layers = check(network(module, section.model_dump(mode="json"), size), 2, tmp_path, files=False)
+    blocks, layers = check(network(module, section.model_dump(mode="json"), size), 2, tmp_path, files=files)
     assert layers > 1
     assert blocks or name == "densenet121"

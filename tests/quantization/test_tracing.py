@@ -106,3 +106,27 @@ def test_paddings_from_sizes_become_numbers(size):
     assert [(call.target, call.args[1]) for call in calls] == [(F.pad, (size % 2, 1, size % 2, 1))]
     images = torch.randn(2, 3, size, size)
     torch.testing.assert_close(graph(images), module(images))
+
+
+class SameConv(nn.Conv2d):
+    """Asks its weight for its size, as timm's convolutions with TensorFlow's padding do."""
+
+    def forward(self, x):
+        kernel = self.weight.shape[-2:]
+        pads = [max((math.ceil(side / 2) - 1) * 2 + k - side, 0) for side, k in zip(x.shape[-2:], kernel, strict=True)]
+        down, right = pads
+        x = F.pad(x, [right // 2, right - right // 2, down // 2, down - down // 2])
+        return F.conv2d(x, self.weight, self.bias, self.stride, (0, 0), self.dilation, self.groups)
+
+
+@pytest.mark.parametrize("size", [8, 9])
+def test_a_convolution_that_computes_its_padding_is_a_layer(size):
+    torch.manual_seed(0)
+    module = nn.Sequential(SameConv(3, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()).eval()
+    setattr(module, INPUT_SHAPE, (3, size, size))
+    folded = fold_batchnorm(module)
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in folded.modules())
+    images = torch.randn(2, 3, size, size)
+    torch.testing.assert_close(folded(images), module(images))
+    graph = prepare(module, Quantization(), PREPROCESS.model_copy(update={"size": size}))
+    assert "QuantizedConv2d" in {type(layer).__name__ for layer in graph.modules()}
