@@ -227,7 +227,7 @@ class _Writer(fx.Interpreter):
         )
 
     def _pad(self, args: Any) -> str | _Padded:
-        if len(args) != 2 or len(args[1]) != 4 or min(args[1]) < 0:
+        if len(args) != 2 or len(args[1]) != 4 or any(not isinstance(pad, int) or pad < 0 for pad in args[1]):
             raise NotInTableError("a padding of another kind")
         users = self.current.users
         if all(user.op == "call_module" and isinstance(self.fetch_attr(str(user.target)), nn.Conv2d) for user in users):

@@ -18,6 +18,7 @@ from compress.formats import onnx as formats
 from compress.formats.convolutional import NotInTableError
 from compress.formats.onnx import float_onnx, int8_onnx
 from compress.formats.tflite import to_tflite
+from compress.models.mobilenet_v2 import ConvNormAct
 from compress.product import Batch
 from compress.quantization import Quantization, calibrate, fold_batchnorm, freeze, prepare
 from compress.targets import open_model
@@ -99,3 +100,12 @@ def test_operators_that_the_table_does_not_have_go_to_torch(monkeypatch):
 
     operators = {node.op_type for node in float_onnx(fold_batchnorm(randomized(Gelu())), 16, {}).graph.node}
     assert "Erf" in operators
+
+
+def test_a_padding_that_was_traced_without_a_size_goes_to_torch(tmp_path):
+    module = randomized(nn.Sequential(ConvNormAct(3, 4, 3, 2, "same"), nn.Flatten(), nn.Linear(4 * 5 * 5, 3)))
+    (tmp_path / "float.onnx").write_bytes(float_onnx(fold_batchnorm(module), 9, {}).SerializeToString())
+    images = torch.rand(1, 3, 9, 9)
+    with torch.no_grad():
+        expected = module.eval()(images).numpy()
+    np.testing.assert_allclose(open_model(tmp_path / "float.onnx").predict(images.numpy()), expected, atol=1e-5)
