@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from torch import nn
+
 from compress.product import Batch, Run
+from compress.training import reestimated_batchnorm
 
 
 def sample_size(run: Run, images: int) -> int:
@@ -19,3 +22,10 @@ def sample(run: Run, images: int, *, batch_size: int) -> Iterable[Batch]:
     """
     size = sample_size(run, images)
     return run.data.batches("train", batch_size=min(batch_size, size), shuffle=True, limit=size, seed=run.seed)
+
+
+def with_new_statistics(module: nn.Module, run: Run, images: int) -> nn.Module:
+    """The module with BatchNorm's statistics measured again on so many training images; as it is with 0."""
+    if not images:
+        return module
+    return reestimated_batchnorm(module, sample(run, images, batch_size=64), run.device)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from compress.criteria import CriterionSettings
 from compress.criteria.magnitude import Magnitude
-from compress.data.sample import sample
+from compress.data.sample import with_new_statistics
 from compress.measures import macs
 from compress.models.coupled import Coupled, find_coupled
 from compress.models.patterns import Pattern
@@ -30,7 +30,6 @@ from compress.pruning.goal import MacGoal, cost_of
 from compress.pruning.limits import Ratio, least_widths, widths
 from compress.pruning.ramp import Ramp, share_left
 from compress.settings import Settings
-from compress.training import reestimated_batchnorm
 
 
 class Pruning(Settings):
@@ -99,8 +98,7 @@ def prune_network(
         module = copy.deepcopy(module)
         resize(module, removed)
         structure = structure.model_copy(update={"kept": compose(structure.kept, removed)})
-        if pruning.batchnorm_images:
-            module = reestimated_batchnorm(module, sample(run, pruning.batchnorm_images, batch_size=64), run.device)
+        module = with_new_statistics(module, run, pruning.batchnorm_images)
         if after is not None:
             module = after(Network(module, structure), step)
     return Network(module, structure)

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from compress.data.sample import sample
+from compress.data.sample import with_new_statistics
 from compress.errors import ModelError
 from compress.holding import held, hold
 from compress.measures import deflated_weights
@@ -18,7 +18,6 @@ from compress.models.clusters import clustered
 from compress.models.patterns import Pattern, matching_any
 from compress.product import Held, Network, Preprocess, Product, Run
 from compress.settings import Settings
-from compress.training import reestimated_batchnorm
 
 PLACE = "stage cluster"
 NO_FASTER = (
@@ -65,8 +64,7 @@ class Cluster(Settings):
                 layer.weight[chosen] = clustered(layer.weight[chosen], self.clusters)
                 hold(layer, ["values"])
                 kinds[name] = held(layer)
-        if self.batchnorm_images:
-            module = reestimated_batchnorm(module, sample(run, self.batchnorm_images, batch_size=64), run.device)
+        module = with_new_statistics(module, run, self.batchnorm_images)
         run.progress.note(NO_FASTER)
         metrics = {
             "clusters": self.clusters,

@@ -9,14 +9,13 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import nn
 
-from compress.data.sample import sample
+from compress.data.sample import with_new_statistics
 from compress.errors import ModelError
 from compress.measures import macs, params
 from compress.models.low_rank import factorize, low_ranks, replaceable
 from compress.models.patterns import Pattern, matching_any
 from compress.product import Network, Preprocess, Product, Run
 from compress.settings import Settings
-from compress.training import reestimated_batchnorm
 
 PLACE = "stage factorize"
 KIND = "linear layer or 1x1 convolution"
@@ -59,8 +58,8 @@ class Factorize(Settings):
         ranks = {layer.name: layer.rank for layer in found}
         module = copy.deepcopy(product.network.module)
         factorize(module, ranks)
-        if self.batchnorm_images and found:
-            module = reestimated_batchnorm(module, sample(run, self.batchnorm_images, batch_size=64), run.device)
+        if found:
+            module = with_new_statistics(module, run, self.batchnorm_images)
         network = Network(module, structure.model_copy(update={"factored": {**structure.factored, **ranks}}))
         metrics = _figures(product.network.module, module, preprocess) | {"factored": [vars(layer) for layer in found]}
         return replace(product.taught(network, metrics), parent=product.original)

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from compress.data.sample import sample
+from compress.data.sample import with_new_statistics
 from compress.errors import ModelError
 from compress.holding import hold
 from compress.measures import deflated_weights
@@ -18,7 +18,6 @@ from compress.models.patterns import Pattern, matching_any
 from compress.models.two_of_four import fits, mask
 from compress.product import Network, Preprocess, Product, Run
 from compress.settings import Settings
-from compress.training import reestimated_batchnorm
 
 PLACE = "stage sparsify"
 NO_FASTER = (
@@ -59,8 +58,7 @@ class Sparsify(Settings):
                 assert isinstance(layer, (nn.Conv2d, nn.Linear))
                 layer.weight.mul_(mask(layer.weight))
                 hold(layer, ["zeros"])
-        if self.batchnorm_images:
-            module = reestimated_batchnorm(module, sample(run, self.batchnorm_images, batch_size=64), run.device)
+        module = with_new_statistics(module, run, self.batchnorm_images)
         run.progress.note(NO_FASTER)
         held = {**structure.held, **dict.fromkeys(names, ("zeros",))}
         weights = [layer.weight for layer in module.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
